@@ -1,0 +1,196 @@
+"""The command line: the verbs of the sessions, for use without nox."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from . import __version__, errors
+from . import settings as configuration
+from .console import Reporter
+from .errors import HarnessError
+from .model import Cell
+
+_EPILOG = """\
+Cells are named in full (570.172.08-1877.3-amd64-cloud) or selected by DRIVER_VERSION, GL_VERSION, TARGET_ARCH and
+KERNEL_FLAVOR; with neither, the lab's default cell is taken.
+Exit status: 0 done, 2 configuration, 3 build, 4 verification, 5 infrastructure, 130 interrupted.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; its exit status."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    options = _parser().parse_args(arguments)
+    report = Reporter()
+    try:
+        return int(options.run(options, report) or 0)
+    except HarnessError as error:
+        report.fail(error)
+        return int(error.kind)
+    except KeyboardInterrupt:
+        report.say("interrupted", style="bold red")
+        return errors.INTERRUPTED
+    except BrokenPipeError:
+        return errors.INTERRUPTED
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m builds",
+        description="Build, verify and ship precompiled NVIDIA driver images for Garden Linux.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable[..., int | None], text: str, *, cells: bool = True) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text, epilog=_EPILOG if cells else None)
+        added.set_defaults(run=run)
+        for row in configuration.SETTINGS:
+            flag = "--" + row.name.replace("_", "-")
+            added.add_argument(flag, metavar="VALUE", help=f"{row.help} [{row.variable}]".replace("%", "%%"))
+        if cells:
+            added.add_argument("cells", nargs="*", metavar="CELL", help="cell ids")
+        return added
+
+    verb("setup", _setup, "make a Debian machine ready: container engine, mmdebstrap", cells=False)
+    verb("lab", _lab, "make the inputs of lab cells from Debian's archive, anew where it has newer packages")
+    verb("list", _list, "print the ids of the selected cells")
+    plan = verb("plan", _plan, "print what the selected cells depend on: inputs, kernel, keys, tags, rules")
+    plan.add_argument("--json", action="store_true", help="as JSON on standard output")
+    verb("build-driver", _build_driver, "compile the kernel modules")
+    verb("build-image", _build_image, "pack the image from compiled modules")
+    verb("build", _build, "compile and pack")
+    verify = verb("verify", _verify, "prove the image right; builds first what is missing")
+    verify.add_argument("--image", metavar="REF", help="an image that is there already: oci:<folder>, or in a registry")
+    verify.add_argument("--cell", metavar="CELL", help="the cell of --image, where its tag does not say it")
+    verb("summary", _summary, "print digest, size, times and checks of the selected cells")
+    clean = verb("clean", _clean, "empty the output folder", cells=False)
+    clean.add_argument("--all", action="store_true", help="empty the cache as well")
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> dict[str, str]:
+    given = vars(options)
+    return {row.name: given[row.name] for row in configuration.SETTINGS if given[row.name]}
+
+
+def _cells(options: argparse.Namespace) -> tuple[Cell, ...]:
+    from . import matrix
+
+    if options.cells:
+        cells = tuple(map(Cell.parse, options.cells))
+        for cell in cells:
+            matrix.matrix_of(cell)
+        return cells
+    return matrix.select(os.environ)
+
+
+def _each(options: argparse.Namespace, report: Reporter, step: Callable[..., object]) -> int:
+    """Do a step for each selected cell; go on after a failed one, and end with the first failure's status."""
+    from . import pipeline
+
+    status = 0
+    for cell in _cells(options):
+        try:
+            step(pipeline.start(cell, _settings(options), report))
+        except HarnessError as error:
+            report.fail(error)
+            status = status or int(error.kind)
+    return status
+
+
+def _setup(_options: argparse.Namespace, report: Reporter) -> None:
+    from . import hostsetup
+
+    hostsetup.prepare(report)
+
+
+def _lab(options: argparse.Namespace, report: Reporter) -> None:
+    from . import pipeline
+
+    pipeline.make_inputs([pipeline.start(cell, _settings(options), report) for cell in _cells(options)], refresh=True)
+
+
+def _list(options: argparse.Namespace, _report: Reporter) -> None:
+    for cell in _cells(options):
+        print(cell)
+
+
+def _plan(options: argparse.Namespace, report: Reporter) -> int:
+    from . import pipeline
+
+    plans = []
+    status = _each(options, report, lambda run: plans.append(pipeline.plan(run)[0]))
+    if options.json:
+        print(json.dumps([plan.to_json() for plan in plans], indent=1, sort_keys=True))
+    else:
+        for plan in plans:
+            rows = [
+                ("kernel", f"{plan.kernel.build.release} ({plan.kernel.build.package})"),
+                ("kmodbuild", f"{plan.kmodbuild.reference} {plan.kmodbuild.digest[:19]}"),
+                ("base", f"{plan.base.reference} {plan.base.digest[:19]}"),
+                ("driver package", f"{plan.package.name} {plan.package.sha256[:12]}"),
+                *((f"{name} modules", key[:12]) for name, key in plan.modules.items()),
+                *((f"{name} modules", f"absent by rule: {reason}") for name, reason in plan.absent.items()),
+                ("user space", plan.userspace[:12]),
+                ("image", plan.image[:12]),
+                *((f"tag ({tag.kind})", tag.name) for tag in plan.tags),
+                ("addressable", "yes" if plan.addressable else "no: the kernel's name is not legal in a tag"),
+            ]
+            report.table(plan.cell.id, ("part", "what"), rows)
+    return status
+
+
+def _build_driver(options: argparse.Namespace, report: Reporter) -> int:
+    from . import pipeline
+
+    return _each(options, report, pipeline.build_driver)
+
+
+def _build_image(options: argparse.Namespace, report: Reporter) -> int:
+    from . import pipeline
+
+    return _each(options, report, pipeline.build_image)
+
+
+def _build(options: argparse.Namespace, report: Reporter) -> int:
+    from . import pipeline
+
+    return _each(options, report, pipeline.build)
+
+
+def _verify(options: argparse.Namespace, report: Reporter) -> int:
+    from . import pipeline
+
+    if options.image:
+        cell = Cell.parse(options.cell) if options.cell else None
+        pipeline.verify_image(options.image, cell, _settings(options), report)
+        return 0
+    return _each(options, report, pipeline.verify_cell)
+
+
+def _summary(options: argparse.Namespace, report: Reporter) -> None:
+    from . import pipeline
+
+    pipeline.summary([pipeline.start(cell, _settings(options), report) for cell in _cells(options)], report)
+
+
+def _clean(options: argparse.Namespace, report: Reporter) -> None:
+    from . import pipeline
+
+    pipeline.clean(configuration.resolve(options=_settings(options)), everything=options.all, report=report)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

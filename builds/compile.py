@@ -1,0 +1,197 @@
+"""Compile: the kernel modules of one type, from the driver tree, in the kmodbuild container without network.
+
+The vendor's own build files do the work (``make modules``); its interactive installer is never run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+from . import engine as engines
+from . import oci, recipes, runfile
+from .cache import Cache, file_sha256, key_of, publish
+from .console import Reporter
+from .engine import Engine
+from .errors import BuildError, InfrastructureError
+from .model import MODULES, ModuleType
+from .plan import Inputs, Plan
+
+LOG = "build.log"
+"""The build log, beside the modules."""
+
+_MADE = "made.json"
+"""Key and digests of the modules, beside them: says which plan they are of wherever the folder is taken."""
+
+_UNIT = re.compile(r"^\s*(CC|LD|CONFTEST:|MODPOST|AR)\b")
+_ERROR = re.compile(r"(:\d+:\d+: (fatal )?error: |^ERROR: |: error: |\*\*\* .*Stop)")
+
+
+def driver_tree(plan: Plan, inputs: Inputs, cache: Cache, report: Reporter) -> Path:
+    """The driver package unpacked, once per package."""
+
+    def unpack(folder: Path) -> None:
+        with report.step("unpack driver package"):
+            header = runfile.read_header(inputs.package)
+            with report.bytes("unpack", None) as advance:
+                runfile.unpack(inputs.package, header, folder, progress=advance)
+
+    key = key_of(package=plan.package.sha256, recipe=recipes.DRIVER_TREE)
+    return cache.make("driver", key, unpack)[0]
+
+
+def modules(
+    plan: Plan,
+    inputs: Inputs,
+    module_type: ModuleType,
+    *,
+    engine: Engine,
+    cache: Cache,
+    jobs: int,
+    logs: Path,
+    report: Reporter,
+) -> Path:
+    """Folder with the five stripped modules of a type and the build log; compiled if no earlier run did.
+
+    Raises BuildError with the first error of the compiler, the log and the command that repeats the build.
+    """
+
+    def build(folder: Path) -> None:
+        with report.step(f"compile {module_type}") as step:
+            _compile(plan, inputs, module_type, folder, engine, cache, jobs, logs, report)
+            step.note(f"{len(MODULES)} modules for {plan.kernel.build.release}")
+
+    made, _ = cache.make(
+        "modules",
+        plan.modules[module_type],
+        build,
+        waiting=lambda: report.say(f"  waiting for another run that compiles {module_type}"),
+    )
+    return made
+
+
+def load_kmodbuild(engine: Engine, image: oci.Image, report: Reporter) -> str:
+    """Load a kmodbuild image into the engine; its name there."""
+    name = f"gardenlinux-nvidia-builds/kmodbuild:{image.digest[7:19]}"
+    engines.load(engine, image, [name], report)
+    return name
+
+
+def _compile(
+    plan: Plan,
+    inputs: Inputs,
+    module_type: ModuleType,
+    folder: Path,
+    engine: Engine,
+    cache: Cache,
+    jobs: int,
+    logs: Path,
+    report: Reporter,
+) -> None:
+    repeat = f'nox -s "build-driver({plan.cell})"'
+    if not engines.native(engine, plan.cell.arch):
+        raise InfrastructureError(
+            f"cell {plan.cell}",
+            f"its compiler runs on {plan.cell.arch}",
+            got=f"an engine for {engine.arch}",
+            hint="let DOCKER_HOST name an engine of that architecture",
+            repeat=repeat,
+        )
+    sources = driver_tree(plan, inputs, cache, report) / module_type.source_folder
+    if not (sources / "Makefile").is_file():
+        raise BuildError(
+            f"driver package {plan.package.name}",
+            f"has no {module_type} modules, and no rule of the matrix says so",
+            got=f"no {module_type.source_folder}/Makefile",
+            hint="an exclusion rule states a type's absence and its reason",
+        )
+    image = load_kmodbuild(engine, inputs.kmodbuild, report)
+    log = logs / f"compile-{module_type}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(f"# {plan.cell} {module_type}; repeat: {repeat}\n")
+    conftest = _conftest_key(plan, sources)
+    environment = {
+        "FOLDER": module_type.source_folder,
+        "JOBS": str(jobs),
+        "SYSSRC": plan.kernel.source,
+        "SYSOUT": plan.kernel.output,
+        "KERNEL": plan.kernel.build.release,
+        "MODULES": " ".join(MODULES),
+    }
+    script = recipes.HERE / "compile.sh"
+    with engines.container(engine, image, ["/bin/sh", "/compile.sh"], environment=environment) as made:
+        engines.put_tree(made, sources, f"/src/{module_type.source_folder}")
+        engines.put_file(made, "/compile.sh", script.read_bytes())
+        if known := cache.find("conftest", conftest):
+            engines.put_tree(made, known, "/src/conftest")
+        total = sum(1 for _ in sources.rglob("*.c"))
+        with report.units(f"compile {module_type}", total) as advance:
+            status = engines.run(made, log, lambda line: advance(1) if _UNIT.match(line) else None)
+        if status != 0:
+            raise BuildError(
+                f"compile {plan.cell} {module_type}",
+                f"the build ended with status {status}",
+                got=first_error(log.read_text(errors="replace")),
+                hint=f"the log: {log}",
+                repeat=repeat,
+            )
+        engines.get_tree(made, "/out/modules", folder)
+        if not known:
+            cache.make("conftest", conftest, lambda target: engines.get_tree(made, "/out/conftest", target))
+    missing = [name for name in MODULES if not (folder / f"{name}.ko").is_file()]
+    if missing:
+        raise BuildError(f"compile {plan.cell} {module_type}", "modules are missing", got=", ".join(missing))
+    shutil.copyfile(log, folder / LOG)
+    files = {f"{name}.ko": file_sha256(folder / f"{name}.ko") for name in MODULES}
+    (folder / _MADE).write_text(json.dumps({"key": plan.modules[module_type], "files": files}, indent=1))
+
+
+def first_error(log: str) -> str:
+    """The first line of a build log that says what is wrong; the last line where none does."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    return next((line.strip() for line in lines if _ERROR.search(line)), lines[-1].strip() if lines else "an empty log")
+
+
+def _conftest_key(plan: Plan, sources: Path) -> str:
+    """Key of the vendor's compile tests: some 300 tiny compiles whose results both types share.
+
+    They depend on the test script, the kernel's headers and the compiler.
+    """
+    return key_of(
+        script=hashlib.sha256((sources / "conftest.sh").read_bytes()).hexdigest(),
+        package=plan.package.sha256,
+        kernel=plan.kernel.build.digest,
+        compiler=plan.kernel.compiler,
+        recipe=recipes.CONFTEST,
+    )
+
+
+def adopt(key: str, folder: Path, cache: Cache) -> bool:
+    """Whether the modules of a key are in the cache; taken into it from ``folder`` if that has them, whole.
+
+    So the driver stage and the image stage may run on different machines, with ``out/`` carried between them.
+    """
+    if cache.find("modules", key):
+        return True
+    try:
+        made = json.loads((folder / _MADE).read_text())
+        whole = made["key"] == key and all(
+            file_sha256(folder / name) == sha256 for name, sha256 in made["files"].items()
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+    if whole:
+        cache.make("modules", key, lambda target: _copy(folder, target))
+    return whole
+
+
+def export(made: Path, target: Path) -> None:
+    """Copy the modules and the log of a type to a cell's output folder, whole or not at all."""
+    publish(target, lambda folder: _copy(made, folder))
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, dirs_exist_ok=True)

@@ -1,0 +1,236 @@
+"""The matrix files: which cells there are, what is excluded and why, and which of the cells are selected.
+
+Reading needs neither engine nor network, and is quick: ``nox -l`` does it on every call.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import Version
+
+from .errors import ConfigurationError
+from .model import Arch, Cell, Flavor, ModuleType
+from .settings import SELECTION
+
+HERE = Path(__file__).parent
+SCHEMA = HERE / "schema" / "matrix.json"
+FILES = (HERE / "lab.yaml", HERE / "matrix.yaml")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Says that a module type of some drivers cannot be built for some kernels, and why."""
+
+    driver: str
+    """Range of driver versions, as PEP 440 writes ranges."""
+    kernel: str
+    """Range of upstream kernel versions; empty: any."""
+    module_type: ModuleType
+    reason: str
+
+    def applies(self, driver: str, kernel: str) -> bool:
+        """Whether the rule is about this driver version and this upstream kernel version."""
+        return SpecifierSet(self.driver).contains(driver) and SpecifierSet(self.kernel).contains(
+            kernel, prereleases=True
+        )
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix file, checked."""
+
+    path: Path
+    inputs: str
+    settings: Mapping[str, str]
+    os_tag: str
+    alias: str
+    base: Mapping[Arch, str]
+    pins: Mapping[tuple[str, Arch], str]
+    """Pinned sha256 of driver packages."""
+    cells: tuple[Cell, ...]
+    rules: tuple[Rule, ...]
+    default: Cell | None
+
+    def owns_branch(self, cell: Cell) -> bool:
+        """Whether a cell's driver is the newest of its branch for the same node: it alone moves the branch's tag."""
+        rivals = [
+            other.driver
+            for other in self.cells
+            if (other.gl, other.arch, other.flavor, other.driver_major)
+            == (cell.gl, cell.arch, cell.flavor, cell.driver_major)
+        ]
+        return max(rivals, key=Version) == cell.driver
+
+
+@functools.cache
+def load(path: Path) -> Matrix:
+    """Read a matrix file. Raises ConfigurationError with all of its problems, each with line and path."""
+    try:
+        text = path.read_text()
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        document = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(path.name, "cannot be read as YAML", got=" ".join(str(error).split())) from error
+    if root is None:
+        raise ConfigurationError(path.name, "is empty")
+    nodes: dict[tuple[object, ...], yaml.Node] = {}
+    problems = [*_walk(root, (), nodes)]
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+    problems += [_problem(error, nodes) for error in validator.iter_errors(document)]
+    if not problems:
+        problems += _meaning(document, nodes)
+    if problems:
+        lines = [f"  line {line}: {place}: {what}" for line, place, what in sorted(problems)]
+        raise ConfigurationError(
+            path.name,
+            f"has {len(problems)} problem{'s' if len(problems) > 1 else ''}\n" + "\n".join(lines),
+            hint=f"the rules are in builds/schema/{SCHEMA.name}",
+        )
+    return Matrix(
+        path=path,
+        inputs=document["inputs"],
+        settings=document.get("settings", {}),
+        os_tag=document["os_tag"],
+        alias=document["alias"],
+        base={Arch(arch): gl for arch, gl in document["base"].items()},
+        pins={
+            (driver["version"], Arch(arch)): sha256
+            for driver in document["drivers"]
+            for arch, sha256 in driver.get("sha256", {}).items()
+        },
+        cells=tuple(_cells(document)),
+        rules=tuple(
+            Rule(rule["driver"], rule.get("kernel", ""), ModuleType(rule["module_type"]), rule["reason"])
+            for rule in document.get("exclude", [])
+        ),
+        default=Cell.parse(document["default"]) if "default" in document else None,
+    )
+
+
+def load_all() -> tuple[Matrix, ...]:
+    """The lab matrix and the release matrix."""
+    return tuple(map(load, FILES))
+
+
+def matrix_of(cell: Cell) -> Matrix:
+    """The matrix that a cell is of. Raises ConfigurationError naming the nearest known cells."""
+    for matrix in load_all():
+        if cell in matrix.cells:
+            return matrix
+    raise unknown("cell", cell.id, (known.id for matrix in load_all() for known in matrix.cells))
+
+
+def select(environ: Mapping[str, str]) -> tuple[Cell, ...]:
+    """The cells that the environment selects; the default cell where it selects nothing.
+
+    An axis that is not set is open for drivers and releases, and has its default for architecture and flavour;
+    ``GL_VERSION=all`` opens every axis that is not set. Raises ConfigurationError for a value that no cell has,
+    naming the nearest, and for a selection that holds no cell.
+    """
+    given = {row.name: environ[row.variable] for row in SELECTION if environ.get(row.variable)}
+    matrices = load_all()
+    if not given:
+        return tuple(matrix.default for matrix in matrices if matrix.default)
+    cells = [cell for matrix in matrices for cell in matrix.cells]
+    axes = {"driver_version": "driver", "gl_version": "gl", "target_arch": "arch", "kernel_flavor": "flavor"}
+    for row in SELECTION:
+        wanted = given.get(row.name) or ("all" if given.get("gl_version") == "all" else row.default)
+        if wanted in ("", "all"):
+            continue
+        values = {"baremetal" if value.strip() == "metal" else value.strip() for value in wanted.split(",")}
+        known = {str(getattr(cell, axes[row.name])) for matrix in matrices for cell in matrix.cells}
+        for value in sorted(values - known):
+            raise unknown(row.variable, value, known)
+        cells = [cell for cell in cells if str(getattr(cell, axes[row.name])) in values]
+    if not cells:
+        said = " ".join(f"{row.variable}={given[row.name]}" for row in SELECTION if row.name in given)
+        raise ConfigurationError(
+            "selection", "holds no cell", got=said, hint="`GL_VERSION=all nox -l` lists every cell"
+        )
+    return tuple(sorted(cells))
+
+
+def unknown(subject: str, value: str, known: Iterable[str]) -> ConfigurationError:
+    """The error for a name that is not among the known ones: it names the nearest."""
+    names = sorted(set(known))
+    near = difflib.get_close_matches(value, names, n=3, cutoff=0.3) or names[:3]
+    return ConfigurationError(f"{subject} {value}", "is not in any matrix", hint=f"nearest: {', '.join(near)}")
+
+
+def _cells(document: Mapping[str, Any]) -> Iterator[Cell]:
+    for release, driver in product(document["releases"], document["drivers"]):
+        for arch, flavor in product(release["arch"], release["flavor"]):
+            yield Cell(driver["version"], release["gl"], Arch(arch), Flavor(flavor))
+
+
+_Problem = tuple[int, str, str]
+
+
+def _walk(node: yaml.Node, path: tuple[object, ...], nodes: dict[tuple[object, ...], yaml.Node]) -> Iterator[_Problem]:
+    """Note where everything stands, and find keys that are given twice (YAML would take the last)."""
+    nodes[path] = node
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield key.start_mark.line + 1, _place((*path, key.value)), "is given twice"
+            seen.add(key.value)
+            yield from _walk(value, (*path, key.value), nodes)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            yield from _walk(value, (*path, number), nodes)
+
+
+def _place(path: Iterable[object]) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.lstrip(".") or "file"
+
+
+def _line(path: tuple[object, ...], nodes: Mapping[tuple[object, ...], yaml.Node]) -> int:
+    node = nodes.get(path) or nodes[()]
+    return int(node.start_mark.line) + 1
+
+
+def _problem(error: jsonschema.ValidationError, nodes: Mapping[tuple[object, ...], yaml.Node]) -> _Problem:
+    path = tuple(error.absolute_path)
+    node = nodes.get(path)
+    what = error.message
+    if error.validator == "type" and error.validator_value == "string" and isinstance(node, yaml.ScalarNode):
+        what = f'must be quoted, or YAML reads it as {error.instance!r}: write "{node.value}", got {node.value}'
+    return _line(path, nodes), _place(path), what
+
+
+def _meaning(document: Mapping[str, Any], nodes: Mapping[tuple[object, ...], yaml.Node]) -> Iterator[_Problem]:
+    """What a schema cannot say."""
+    for part, key in (("drivers", "version"), ("releases", "gl")):
+        seen: set[str] = set()
+        for number, item in enumerate(document[part]):
+            if item[key] in seen:
+                path = (part, number, key)
+                yield _line(path, nodes), _place(path), f"is given twice: {item[key]}"
+            seen.add(item[key])
+    for number, rule in enumerate(document.get("exclude", [])):
+        for key in ("driver", "kernel"):
+            try:
+                SpecifierSet(rule.get(key, ""))
+            except InvalidSpecifier as error:
+                path = ("exclude", number, key)
+                yield _line(path, nodes), _place(path), f"is not a version range: {error}"
+    for number, release in enumerate(document["releases"]):
+        for arch in release["arch"]:
+            if arch not in document["base"]:
+                path = ("releases", number, "arch")
+                yield _line(path, nodes), _place(path), f"has {arch}, for which base names no release"
+    if "default" in document and document["default"] not in {cell.id for cell in _cells(document)}:
+        yield _line(("default",), nodes), "default", f"is not a cell of this file: {document['default']}"

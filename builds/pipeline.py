@@ -1,0 +1,329 @@
+"""The flow of one cell, step after step: inputs, plan, modules, image, verification.
+
+Each step is a function of another module; here is only their order, what is kept of them in ``out/<cell>/``, and
+what makes a repeated run short.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import compile as compiling
+from . import engine as engines
+from . import image as packing
+from . import lab, matrix, oci, registry, sources, userspace, verify
+from . import plan as planning
+from .cache import Cache, disk_errors, locked, remove, write_atomically
+from .console import Reporter, human_size, human_time
+from .errors import ConfigurationError, InfrastructureError
+from .matrix import Matrix
+from .model import Cell, ModuleType
+from .oci import Image
+from .plan import Inputs, Plan
+from .record import Record
+from .settings import Settings, resolve
+
+RECORD = "record.json"
+_STEPS = "steps.json"
+_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n"  # of CACHEDIR.TAG, which backup tools know
+
+
+@dataclass(frozen=True)
+class Run:
+    """A cell with everything that a step needs to know of its surroundings."""
+
+    cell: Cell
+    matrix: Matrix
+    settings: Settings
+    cache: Cache
+    report: Reporter
+
+    @property
+    def out(self) -> Path:
+        """The cell's output folder."""
+        return self.settings.out_dir / self.cell.id
+
+    @property
+    def layout(self) -> Path:
+        """The OCI layout of the cell's image."""
+        return self.out / "image"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of the cell's steps."""
+        return self.out / "logs"
+
+
+def start(cell: Cell, options: Mapping[str, str], report: Reporter) -> Run:
+    """Work out the surroundings of a cell. Raises ConfigurationError for a cell that no matrix has."""
+    of = matrix.matrix_of(cell)
+    settings = resolve(of.settings, options)
+    for folder in (settings.cache_dir, settings.out_dir):
+        with disk_errors(folder.name, folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "CACHEDIR.TAG").exists():
+                write_atomically(folder / "CACHEDIR.TAG", _TAG)
+    return Run(cell, of, settings, Cache(settings.cache_dir), report)
+
+
+def make_inputs(runs: Iterable[Run], *, refresh: bool) -> None:
+    """Make the inputs of lab cells where they are missing, or all of them anew if the archive has newer ones."""
+    for run in runs:
+        if run.matrix.inputs == "lab":
+            bases = [(run.matrix.base[run.cell.arch], run.cell.arch)]
+            if refresh or lab.missing([run.cell], bases, run.cache):
+                lab.make([run.cell], bases, run.cache, run.report)
+
+
+def plan(run: Run) -> tuple[Plan, Inputs]:
+    """Resolve and plan a cell."""
+    return planning.resolve(run.cell, run.matrix, run.settings, run.cache, run.report)
+
+
+def build_driver(run: Run) -> Plan:
+    """Compile the modules of both types, where rules allow; leaves them in ``out/<cell>/modules/``."""
+    with _phase(run, "build-driver"):
+        made, inputs = _planned(run)
+        _driver(run, made, inputs)
+    return made
+
+
+def build_image(run: Run) -> Image:
+    """Pack the image from modules that are compiled already; leaves it in ``out/<cell>/image/``.
+
+    Raises ConfigurationError where the plan's modules are nowhere to be found.
+    """
+    with _phase(run, "build-image"):
+        made, inputs = _planned(run)
+        for module_type, key in made.modules.items():
+            if not compiling.adopt(key, run.out / "modules" / module_type, run.cache):
+                raise ConfigurationError(
+                    f"cell {run.cell}",
+                    f"the {module_type} modules of its plan are not compiled",
+                    hint=f'nox -s "build-driver({run.cell})" compiles them',
+                )
+        return _image(run, made, inputs)
+
+
+def build(run: Run) -> Image:
+    """Compile and pack."""
+    with _phase(run, "build"):
+        return _build(run)[2]
+
+
+def verify_cell(run: Run) -> Record:
+    """Prove the cell's image right; builds first what the plan lacks. Raises VerificationError where it is not."""
+    with _phase(run, "verify"):
+        made, inputs, image = _build(run)
+        return verify.run(
+            made,
+            inputs,
+            image,
+            engine=_engine_if_any(run),
+            cache=run.cache,
+            out=run.out,
+            report=run.report,
+            repeat=f'nox -s "verify({run.cell})"',
+            names=made.names,
+        )
+
+
+def verify_image(reference: str, cell: Cell | None, options: Mapping[str, str], report: Reporter) -> Record:
+    """Prove an image right that may come from anywhere; builds nothing.
+
+    ``reference`` is an OCI layout (``oci:<folder>[:<name>]`` or its folder) or an image in a registry; the cell
+    comes from its tag where ``cell`` does not say it.
+    """
+    as_layout = reference.startswith("oci:") or "/" not in reference or (Path(reference) / "oci-layout").is_file()
+    text = reference if reference.startswith("oci:") or not as_layout else f"oci:{reference}"
+    names = _names(text)
+    run = start(cell or cell_of(names), options, report)
+    image = sources.image(text, run.cell.arch, run.cache, report)
+    out = run.settings.out_dir / f"image-{image.digest[7:19]}"
+    make_inputs([run], refresh=False)
+    made, inputs = plan(run)
+    return verify.run(
+        made,
+        inputs,
+        image,
+        engine=_engine_if_any(run),
+        cache=run.cache,
+        out=out,
+        report=report,
+        repeat=f"nox -s verify -- --image {reference} --cell {run.cell}",
+        names=names,
+    )
+
+
+def cell_of(names: Iterable[str]) -> Cell:
+    """The cell that tags speak of. Raises ConfigurationError where they fit none, or more than one."""
+    tags = [name.rpartition(":")[2] for name in names]
+    known = [(cell, of) for of in matrix.load_all() for cell in of.cells]
+    for version in ("driver", "driver_major"):
+        fitting = {
+            cell
+            for cell, of in known
+            for tag in tags
+            if tag.startswith(f"{getattr(cell, version)}-")
+            and tag.endswith(f"-{of.os_tag.format(gl=cell.gl)}")
+            and f"-{cell.arch}-" in tag
+            and ("-cloud-" in tag) == (cell.flavor == "cloud")
+        }
+        if fitting:
+            break
+    if len(fitting) != 1:
+        raise ConfigurationError(
+            "image",
+            "its tag does not say which cell it is of",
+            got=", ".join(sorted(map(str, fitting)) or tags) or "no tag",
+            hint="name the cell: -- --image … --cell <cell id>",
+        )
+    return fitting.pop()
+
+
+def summary(runs: Iterable[Run], report: Reporter) -> None:
+    """Print what came of each cell: digest, size, time per step, checks passed."""
+    rows = []
+    for run in runs:
+        phases = _phases(run)
+        steps = [f"{step['title']} {human_time(step['seconds'])}" for phase in phases.values() for step in phase]
+        image = oci.find_image(run.layout, arch=run.cell.arch) if (run.layout / "oci-layout").is_file() else None
+        checks = "not verified"
+        if (run.out / RECORD).is_file():
+            record = Record.read(run.out / RECORD)
+            stale = image is None or record.digest != image.digest
+            passed = sum(check.outcome == "passed" for check in record.checks)
+            checks = "not verified" if stale else f"{passed} of {len(record.checks)} passed"
+        rows.append(
+            (
+                run.cell.id,
+                image.digest if image else "no image",
+                human_size(image.size) if image else "",
+                "\n".join(steps) or "up to date",
+                checks,
+            )
+        )
+    report.table("Summary", ("cell", "digest", "size", "time per step", "checks"), rows)
+
+
+def clean(settings: Settings, *, everything: bool, report: Reporter) -> None:
+    """Empty the output folder, and the cache if ``everything``. Refuses a folder that no run of ours made."""
+    for folder in (settings.out_dir, *([settings.cache_dir] if everything else [])):
+        if not folder.is_dir():
+            continue
+        if any(folder.iterdir()) and not (folder / "CACHEDIR.TAG").is_file():
+            raise ConfigurationError(
+                str(folder), "was not made by this project", got="no CACHEDIR.TAG in it", hint="remove it by hand"
+            )
+        with disk_errors("clean", folder):
+            for item in folder.iterdir():
+                remove(item)
+        report.say(f"emptied {folder}")
+
+
+def _planned(run: Run) -> tuple[Plan, Inputs]:
+    make_inputs([run], refresh=False)
+    made, inputs = plan(run)
+    write_atomically(run.out / "plan.json", json.dumps(made.to_json(), indent=1, sort_keys=True) + "\n")
+    for module_type, reason in made.absent.items():
+        run.report.say(f"  {module_type}: absent by rule: {reason}", style="yellow")
+    if not made.addressable:
+        run.report.say(
+            f"  {made.kernel.build.release} is not legal in a tag: the GPU Operator cannot address this image",
+            style="yellow",
+        )
+    return made, inputs
+
+
+def _build(run: Run) -> tuple[Plan, Inputs, Image]:
+    made, inputs = _planned(run)
+    if image := packing.find(made, run.layout):
+        run.report.say(f"  {run.cell}: up to date", style="green")
+        _load(run, image, made)
+        return made, inputs, image
+    _driver(run, made, inputs)
+    return made, inputs, _image(run, made, inputs)
+
+
+def _driver(run: Run, made: Plan, inputs: Inputs) -> None:
+    engine = None
+    for module_type, key in made.modules.items():
+        target = run.out / "modules" / module_type
+        if not compiling.adopt(key, target, run.cache):
+            engine = engine or engines.connect()
+            compiling.modules(
+                made,
+                inputs,
+                module_type,
+                engine=engine,
+                cache=run.cache,
+                jobs=run.settings.jobs,
+                logs=run.logs,
+                report=run.report,
+            )
+        compiling.export(run.cache.path("modules", key), target)
+
+
+def _image(run: Run, made: Plan, inputs: Inputs) -> Image:
+    image = packing.find(made, run.layout)
+    if image is None:
+        tree = compiling.driver_tree(made, inputs, run.cache, run.report)
+        modules: dict[ModuleType, Path] = {
+            module_type: run.cache.path("modules", key) for module_type, key in made.modules.items()
+        }
+        packed = userspace.layer(made, tree, run.cache, run.report)
+        image = packing.assemble(made, inputs.base, packed, modules, run.layout, run.cache, run.report)
+    _load(run, image, made)
+    return image
+
+
+def _load(run: Run, image: Image, made: Plan) -> None:
+    """Load the image into the engine under its tags."""
+    with run.report.step("load into engine") as step:
+        engine = engines.connect()
+        loaded = engines.load(engine, image, made.names, run.report)
+        step.note(f"{len(made.names)} tags" + ("" if loaded else ", there already"))
+
+
+def _engine_if_any(run: Run) -> engines.Engine | None:
+    try:
+        return engines.connect()
+    except InfrastructureError as error:
+        run.report.say(f"  {error}", style="yellow")
+        return None
+
+
+def _names(reference: str) -> tuple[str, ...]:
+    """The full names that a reference gives an image."""
+    if not reference.startswith("oci:"):
+        registry.Reference.parse(reference)
+        return (reference.partition("@")[0],)
+    folder, name = sources.split_layout(reference.removeprefix("oci:"))
+    return oci.names_of(folder, oci.find_image(folder, name).digest)
+
+
+@contextmanager
+def _phase(run: Run, name: str) -> Iterator[None]:
+    """One session's work on a cell: under the cell's lock, with its steps' times kept for the summary."""
+    before = len(run.report.steps)
+    with (
+        run.report.group(f"{name} {run.cell}"),
+        locked(run.out, lambda: run.report.say(f"  waiting for another run of {run.cell}")),
+        disk_errors(f"cell {run.cell}", run.out),
+    ):
+        try:
+            yield
+        finally:
+            took = {**_phases(run), name: [asdict(step) for step in run.report.steps[before:]]}
+            write_atomically(run.out / _STEPS, json.dumps(took, indent=1))
+
+
+def _phases(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """The steps of each session's last work on a cell."""
+    path = run.out / _STEPS
+    return json.loads(path.read_text()) if path.is_file() else {}

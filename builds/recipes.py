@@ -1,0 +1,22 @@
+"""The version of our own code behind each step's output: which files make it, and which tools' bytes end up in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import oci
+from .cache import recipe
+
+HERE = Path(__file__).parent
+INSTALLER = HERE / "installer"
+
+DRIVER_TREE = recipe(HERE / "runfile.py")
+CONFTEST = recipe(HERE / "compile.sh")
+MODULES = recipe(HERE / "compile.py", HERE / "compile.sh")
+LAYER = recipe(HERE / "oci.py", compressor=oci.COMPRESSOR)
+USER_SPACE = recipe(HERE / "userspace.py", HERE / "manifest.py", HERE / "runfile.py", layer=LAYER)
+IMAGE = recipe(
+    HERE / "image.py",
+    *sorted(path for path in INSTALLER.rglob("*") if path.is_file() and "__pycache__" not in path.parts),
+    layer=LAYER,
+)

@@ -1,0 +1,105 @@
+"""Every setting in one table: its name, its environment variable, its default, what it does.
+
+Precedence: default < matrix file < environment < ``-- --option`` on the command line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table."""
+
+    name: str
+    """Attribute of :class:`Settings` and, with dashes, the option."""
+    variable: str
+    default: str
+    help: str
+
+
+SELECTION = (
+    Setting("driver_version", "DRIVER_VERSION", "", "driver versions to select, separated by commas, or `all`"),
+    Setting("gl_version", "GL_VERSION", "", "Garden Linux releases to select, or `all`"),
+    Setting("target_arch", "TARGET_ARCH", "amd64", "architectures to select: `amd64`, `arm64`, or `all`"),
+    Setting("kernel_flavor", "KERNEL_FLAVOR", "cloud", "kernel flavours: `cloud`, `baremetal` (or `metal`), or `all`"),
+)
+"""Settings that select cells; with none of them set, the lab's default cell is selected."""
+
+SETTINGS = (
+    Setting(
+        "gl_registry",
+        "GL_REGISTRY",
+        "ghcr.io/gardenlinux/gardenlinux",
+        "where `kmodbuild:<arch>-<gl>` and the base image `:<gl>` come from: a registry path, or `oci:<folder>`",
+    ),
+    Setting(
+        "nvidia_base_url",
+        "NVIDIA_BASE_URL",
+        "https://us.download.nvidia.com/tesla",
+        "where driver packages come from: a URL or folder that holds `<version>/<package>`, or one package file",
+    ),
+    Setting(
+        "image_path",
+        "IMAGE_PATH",
+        "ghcr.io/gardenlinux/gardenlinux-nvidia-installer/driver",
+        "repository that the image's tags belong to",
+    ),
+    Setting("cache_dir", "CACHE_DIR", "~/.cache/gardenlinux-nvidia", "parts that cells share, and the lab's inputs"),
+    Setting("out_dir", "OUT_DIR", "out", "one folder per cell: plan, modules, image, record, logs"),
+    Setting("jobs", "JOBS", "", "compile jobs at once; default: as many as there are cores"),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run, checked."""
+
+    gl_registry: str
+    nvidia_base_url: str
+    image_path: str
+    cache_dir: Path
+    out_dir: Path
+    jobs: int
+
+
+def resolve(
+    matrix: Mapping[str, str] | None = None,
+    options: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Settings:
+    """Work out the settings of a run. ``{cache}`` in a value of the matrix file means the cache folder.
+
+    Raises ConfigurationError for a value that cannot be.
+    """
+    values = {setting.name: setting.default for setting in SETTINGS}
+    for setting in SETTINGS:
+        if matrix and setting.variable in matrix:
+            values[setting.name] = matrix[setting.variable]
+        if environ.get(setting.variable):
+            values[setting.name] = environ[setting.variable]
+        if options and options.get(setting.name):
+            values[setting.name] = options[setting.name]
+    cache = Path(values["cache_dir"]).expanduser().absolute()
+    return Settings(
+        gl_registry=values["gl_registry"].replace("{cache}", str(cache)).rstrip("/"),
+        nvidia_base_url=values["nvidia_base_url"].replace("{cache}", str(cache)).rstrip("/"),
+        image_path=values["image_path"].rstrip("/"),
+        cache_dir=cache,
+        out_dir=Path(values["out_dir"]).expanduser().absolute(),
+        jobs=_jobs(values["jobs"]),
+    )
+
+
+def _jobs(text: str) -> int:
+    if not text:
+        return len(os.sched_getaffinity(0))
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigurationError("JOBS", "must be a whole number, 1 or more", got=repr(text))
+    return int(text)

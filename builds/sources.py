@@ -1,0 +1,127 @@
+"""Where the inputs of a cell come from: registries and layouts, download sites and folders.
+
+The result of resolving an input is always a digest and local bytes; nothing after this module knows places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+
+from . import oci, registry, runfile
+from .cache import CHUNK, Cache, disk_errors, locked
+from .console import Reporter
+from .errors import ConfigurationError, InfrastructureError
+from .model import Arch
+
+_TIMEOUT = 60  # seconds without a byte
+
+
+@dataclass(frozen=True)
+class DriverPackage:
+    """A driver package on disk, checked."""
+
+    path: Path
+    name: str
+    sha256: str
+    size: int
+    """In bytes."""
+
+
+def image(reference: str, arch: Arch, cache: Cache, report: Reporter) -> oci.Image:
+    """The image that a reference names: ``oci:<folder>[:<name>]`` or one in a registry.
+
+    Raises ConfigurationError where there is no such image, InfrastructureError where nobody can say.
+    """
+    if reference.startswith("oci:"):
+        folder, name = split_layout(reference.removeprefix("oci:"))
+        return oci.find_image(folder, name, arch)
+    return registry.pull(registry.Reference.parse(reference), arch, cache.root / "images", report)
+
+
+def split_layout(text: str) -> tuple[Path, str | None]:
+    """Folder and name of ``<folder>[:<name>]``; a folder whose own name has a colon must exist to be understood."""
+    folder, colon, name = text.rpartition(":")
+    if not colon or Path(text).is_dir():
+        return Path(text).expanduser().absolute(), None
+    return Path(folder).expanduser().absolute(), name
+
+
+def driver_package(
+    base: str, version: str, arch: Arch, pin: str | None, cache: Cache, report: Reporter
+) -> DriverPackage:
+    """The driver package of a version and architecture, downloaded if it must be, and checked.
+
+    ``base`` is a URL or folder that holds ``<version>/<package>`` (or the package itself), or one package file.
+    ``pin`` is the sha256 that the matrix demands. Raises BuildError where the package is not whole, or not the
+    one that was asked for.
+    """
+    name = runfile.package_name(version, arch)
+    if base.startswith(("http://", "https://")):
+        path = _download(f"{base}/{version}/{name}", cache.root / "downloads" / name, report)
+    else:
+        path = _local(Path(base.removeprefix("file://")).expanduser(), version, name)
+    size = path.stat().st_size
+    with report.bytes(f"check {name}", size) as advance:
+        header = runfile.read_header(path)
+        sha256 = runfile.check(path, header, version=version, arch=arch, sha256=pin, progress=advance)
+    return DriverPackage(path, name, sha256, size)
+
+
+def _local(base: Path, version: str, name: str) -> Path:
+    if base.is_file():
+        return base
+    for path in (base / version / name, base / name):
+        if path.is_file():
+            return path
+    raise ConfigurationError(
+        f"driver package {name}",
+        f"is not in {base}",
+        hint="NVIDIA_BASE_URL names a folder or URL that holds <version>/<package>, or one package file",
+    )
+
+
+def _download(url: str, target: Path, report: Reporter) -> Path:
+    """Download a file once: under a temporary name, with status and length checked."""
+    with disk_errors(target.name, target.parent), locked(target):
+        if target.is_file():
+            return target
+        temporary = target.with_name(target.name + ".part")
+        try:
+            with requests.get(url, stream=True, timeout=_TIMEOUT) as response:
+                if response.status_code == 404:
+                    raise ConfigurationError(
+                        url, "there is no such driver package", got="404 Not Found", hint="is the version right?"
+                    )
+                if response.status_code != 200:
+                    raise InfrastructureError(
+                        url, "the server refuses", got=f"{response.status_code} {response.reason}"
+                    )
+                promised = int(response.headers.get("Content-Length", 0)) or None
+                with report.bytes(f"download {target.name}", promised) as advance:
+                    written = _spill(response, temporary, advance)
+        except requests.RequestException as error:
+            raise InfrastructureError(
+                url,
+                "cannot be downloaded",
+                got=f"{type(error).__name__}: {error}"[:200],
+                hint="NVIDIA_BASE_URL names another URL, a folder, or a package file",
+            ) from error
+        if promised and written != promised:
+            raise InfrastructureError(
+                url, f"the download ended early: {promised} bytes were promised", got=f"{written} bytes"
+            )
+        temporary.rename(target)
+        return target
+
+
+def _spill(response: requests.Response, target: Path, advance: Callable[[int], None]) -> int:
+    written = 0
+    with target.open("wb") as file:
+        for chunk in response.iter_content(CHUNK):
+            written += file.write(chunk)
+            advance(len(chunk))
+    return written
