@@ -75,7 +75,7 @@ class _Type:
 
 
 _BIN, _LIB = "usr/bin", "usr/lib/{triplet}"
-_GL = "OpenGL, EGL, Vulkan and their windows: this image serves compute, not desktops"
+_GL = "OpenGL, EGL, Vulkan, OptiX: the toolkit counts them as graphics; this image serves compute"
 _X11 = "a part of the X server"
 _DESKTOP = "a desktop's settings and menus"
 _INSTALLER = "serves the vendor's installer, which is not used"
@@ -156,12 +156,8 @@ _TYPES: dict[str, _Type] = {
 }
 
 _KEPT_NAMES = {
-    # OptiX is compute, though the vendor files its libraries, and the compiler they share, under OpenGL.
-    "libnvoptix.so*": _LIB,
-    "libnvidia-rtcore.so*": _LIB,
-    "libnvidia-cbl.so*": _LIB,
+    # libcuda and the OpenCL library load this compiler, though the vendor files it under OpenGL.
     "libnvidia-gpucomp.so*": _LIB,
-    "nvoptix.bin": "",
 }
 """Names kept although their type is dropped, and where they go."""
 

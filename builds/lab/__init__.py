@@ -1,1 +1,7 @@
-"""Inputs made on the spot from Debian's archive, named and shaped as the real ones are."""
+"""The lab: the pipeline's three inputs, made on the spot from Debian's archive and named as the real ones are."""
+
+from __future__ import annotations
+
+from .make import images_root, make, missing, packages_root
+
+__all__ = ["images_root", "make", "missing", "packages_root"]

@@ -55,6 +55,7 @@ libnvoptix.so.{V} 0755 OPENGL_LIB NATIVE MODULE:optix
 libnvoptix.so.1 0000 OPENGL_SYMLINK NATIVE libnvoptix.so.{V} MODULE:optix
 nvoptix.bin 0644 OPENGL_DATA /usr/share/nvidia/ MODULE:optix
 libnvidia-rtcore.so.{V} 0755 OPENGL_LIB NATIVE MODULE:raytracing
+libnvidia-gpucomp.so.{V} 0755 OPENGL_LIB NATIVE MODULE:gpucomp
 libnvidia-glcore.so.{V} 0755 OPENGL_LIB NATIVE MODULE:opengl
 libnvidia-tls.so.{V} 0755 TLS_LIB NATIVE / MODULE:opengl
 libEGL.so.1 0000 EGL_CLIENT_SYMLINK NATIVE libEGL.so.1.1.0 MODULE:opengl
@@ -203,19 +204,16 @@ def test_selection_is_what_a_node_needs(sample: module.Manifest) -> None:
             f"{LIB}/libnvcuvid.so.1",
             f"{LIB}/libnvcuvid.so.{V}",
             f"{LIB}/libnvidia-encode.so.{V}",
+            f"{LIB}/libnvidia-gpucomp.so.{V}",
             f"{LIB}/libnvidia-ml.so.1",
             f"{LIB}/libnvidia-ml.so.{V}",
-            f"{LIB}/libnvidia-rtcore.so.{V}",
             f"{LIB}/libnvidia-sandboxutils.so.1",
             f"{LIB}/libnvidia-sandboxutils.so.{V}",
-            f"{LIB}/libnvoptix.so.1",
-            f"{LIB}/libnvoptix.so.{V}",
             f"{LIB}/libvdpau_nvidia.so",
             f"{LIB}/vdpau/libvdpau_nvidia.so.1",
             f"{LIB}/vdpau/libvdpau_nvidia.so.{V}",
             "usr/share/nvidia/LICENSE",
             "usr/share/nvidia/files.d/sandboxutils-filelist.json",
-            "usr/share/nvidia/nvoptix.bin",
             "usr/share/nvidia/supported-gpus/LICENSE",
             "usr/share/nvidia/supported-gpus/supported-gpus.json",
         ]
@@ -298,7 +296,7 @@ def test_soname_links_are_made_where_none_is(sample: module.Manifest, tmp_path: 
     assert soname_links(selected, tmp_path) == ()
     for name, soname in (
         (f"libcuda.so.{V}", "libcuda.so.1"),  # the manifest has this link
-        (f"libnvidia-rtcore.so.{V}", f"libnvidia-rtcore.so.{V}"),  # its own name
+        (f"libnvidia-gpucomp.so.{V}", f"libnvidia-gpucomp.so.{V}"),  # its own name
         (f"libnvidia-encode.so.{V}", "libnvidia-encode.so.1"),
         (f"libvdpau_nvidia.so.{V}", "libvdpau_nvidia.so.2"),
     ):

@@ -1,0 +1,148 @@
+"""The lab's kmodbuild and base images: Debian's packages, installed by mmdebstrap, as one layer.
+
+mmdebstrap gets its packages from a folder and never sees the network; what it installs is exactly what was
+resolved. Same packages, same bytes, wherever the image is made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .. import oci
+from ..cache import write_atomically
+from ..errors import BuildError
+from . import commands
+from .apt import Package, file_name, flat_index, flat_release
+from .recipes import ImageRecipe
+
+COMMANDS = ("setpriv", "mmdebstrap", "apt-get", "dpkg", "tar")
+
+LAYER = "layer.tar.zst"
+LAYER_FACTS = "layer.json"
+
+_CLEANED = (
+    # files with times, paths or host names of the machine that made the image, and caches that are made again
+    # (00mmdebstrap is removed by mmdebstrap itself, which insists on finding it)
+    'find "$1/etc/apt" "$1/var/lib/apt" "$1/var/cache" "$1/var/log" -type f ! -name 00mmdebstrap -delete',
+    'rm -f "$1/etc/hostname" "$1/etc/resolv.conf" "$1/etc/.pwd.lock"',
+    'rm -f "$1/etc/passwd-" "$1/etc/group-" "$1/etc/shadow-" "$1/etc/gshadow-"',
+    'rm -f "$1/etc/subuid-" "$1/etc/subgid-"',
+    'find "$1/var/lib/dpkg" -maxdepth 1 -name "*-old" -delete',
+)
+"""Commands that mmdebstrap runs when all is installed; ``$1`` is the root of the image."""
+
+
+def command(recipe: ImageRecipe, repository: Path, target: Path, *, root: bool) -> tuple[str, ...]:
+    """The command that installs an image's packages from a folder and packs the result as a tar."""
+    options = [
+        f"--mode={'root' if root else 'unshare'}",
+        "--variant=essential",
+        "--format=tar",
+        f"--architectures={recipe.arch}",
+        f"--include={','.join(recipe.packages)}",
+        # a runtime makes its own device nodes; the repository below has no signature
+        "--skip=output/dev,check/signed-by",
+        # the folder is below the cache, where apt's own user may not look
+        '--aptopt=APT::Sandbox::User "root"',
+    ]
+    options += [f"--dpkgopt={line}" for line in recipe.excludes]
+    options += [f"--customize-hook={line}" for line in _CLEANED]
+    # If we are killed, mmdebstrap is told and takes its mounts down.
+    return (
+        *("setpriv", "--pdeathsig", "TERM", "--", "mmdebstrap"),
+        *options,
+        recipe.suite,
+        str(target),
+        # every file was checked against the archive's signed index when it was downloaded
+        f"deb [trusted=yes] copy:{repository} ./",
+    )
+
+
+def build(
+    recipe: ImageRecipe,
+    packages: Sequence[Package],
+    pool: Path,
+    folder: Path,
+    log: Path,
+    progress: Callable[[int], None],
+) -> None:
+    """Install the packages and write the image's layer and its facts to ``folder``.
+
+    ``progress`` is told packages as they are set up. Raises BuildError with the end of the log where the
+    installation fails.
+    """
+    repository, temporary, tar = folder / "repository", folder / "tmp", folder / "root.tar"
+    repository.mkdir()
+    temporary.mkdir()
+    for package in packages:
+        (repository / file_name(package)).hardlink_to(pool / file_name(package))
+    index = flat_index(packages)
+    (repository / "Packages").write_text(index)
+    (repository / "Release").write_text(flat_release(recipe.suite, index))
+    _run(command(recipe, repository, tar, root=os.geteuid() == 0), temporary, log, recipe, progress)
+    layer = oci.layer_from_tar(tar, folder / LAYER)
+    tar.unlink()
+    temporary.rmdir()
+    for path in repository.iterdir():
+        path.unlink()
+    repository.rmdir()
+    facts = {**layer.descriptor.to_json(), "diff_id": layer.diff_id}
+    write_atomically(folder / LAYER_FACTS, json.dumps(facts, indent=2) + "\n")
+
+
+def add(folder: Path, recipe: ImageRecipe, layout: Path, name: str) -> oci.Image:
+    """Name the image that was built in ``folder`` in a layout; what the name meant before moves away."""
+    facts = json.loads((folder / LAYER_FACTS).read_bytes())
+    layer = oci.Layer(oci.Descriptor.from_json(facts), facts["diff_id"])
+    oci.create(layout)
+    oci.add_layer(layout, layer, folder / LAYER)
+    return oci.add_image(
+        layout,
+        [layer],
+        arch=recipe.arch,
+        names=[name],
+        config={"Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": ["/bin/sh"]},
+        history=[f"mmdebstrap --variant=essential --include={','.join(recipe.packages)} {recipe.suite}"],
+    )
+
+
+def _run(
+    arguments: Sequence[str], temporary: Path, log: Path, recipe: ImageRecipe, progress: Callable[[int], None]
+) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as out:
+        out.write(f"{' '.join(arguments)}\n")
+        out.flush()
+        process = subprocess.Popen(
+            arguments,
+            env=commands.environment(TMPDIR=str(temporary), SOURCE_DATE_EPOCH=str(oci.EPOCH), TZ="UTC"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        assert process.stdout
+        try:
+            for line in process.stdout:
+                out.write(line)
+                if line.startswith("Setting up "):
+                    progress(1)
+        except BaseException:
+            process.terminate()  # it takes its mounts down
+            process.stdout.read()
+            process.wait()
+            raise
+        status = process.wait()
+    if status:
+        raise BuildError(
+            f"lab {recipe.kind} image {recipe.arch}-{recipe.gl}",
+            f"mmdebstrap failed with status {status}",
+            got=commands.tail(log.read_text(errors="replace")),
+            hint=f"all it said is in {log}",
+            repeat="nox -s lab",
+        )

@@ -1,0 +1,149 @@
+"""What the lab's inputs are made of, read from ``recipes.yaml``.
+
+A release or driver that the file does not know is a configuration error, and the known ones are named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from posixpath import basename
+from typing import Any, Literal
+
+import yaml
+
+from ..errors import ConfigurationError
+from ..model import Arch
+
+FILE = Path(__file__).with_name("recipes.yaml")
+
+ImageKind = Literal["kmodbuild", "base"]
+
+
+@dataclass(frozen=True)
+class ImageRecipe:
+    """What an image is made of."""
+
+    kind: ImageKind
+    gl: str
+    arch: Arch
+    suite: str
+    components: tuple[str, ...]
+    packages: tuple[str, ...]
+    """Packages beside the essential ones, without their dependencies."""
+    excludes: tuple[str, ...]
+    """Options of dpkg that leave paths out."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one of Debian's files is in the vendor's package: the parts of its line in the manifest."""
+
+    match: tuple[str, ...]
+    module: str
+    type: str | None = None
+    """Type of a file; None where the rule is about links only."""
+    link: str | None = None
+    """Type of a symlink; None where the vendor has none: the link is left out."""
+    fields: str = ""
+    """What stands between type and module."""
+    mode: str = "0644"
+    to: str = ""
+    """Folder in the package, which is the top by default."""
+    rename: str | None = None
+    gunzip: bool = False
+
+    def place(self, path: str) -> str:
+        """Where a file of Debian's goes in the package."""
+        name = self.rename or basename(path)
+        return f"{self.to}/{name}" if self.to else name
+
+
+@dataclass(frozen=True)
+class DriverRecipe:
+    """What a driver package is made of."""
+
+    version: str
+    arch: Arch
+    suite: str
+    components: tuple[str, ...]
+    packages: tuple[str, ...]
+    """Packages of the driver's own version."""
+    skewed: tuple[str, ...]
+    """Packages whose version is another."""
+    sources: tuple[tuple[str, str], ...]
+    """Folders of the package with the tarballs that unpack to them."""
+    sources_without: tuple[str, ...]
+    """Patterns of files that the tarballs have and the vendor's folders have not."""
+    rules: tuple[Rule, ...]
+    ignored: tuple[str, ...]
+
+    def rule(self, path: str) -> Rule | None:
+        """The rule for one of Debian's files, or None where the file is ignored. Raises LookupError for neither."""
+        for rule in self.rules:
+            if any(matches(path, pattern) for pattern in rule.match):
+                return rule
+        if any(matches(path, pattern) for pattern in self.ignored):
+            return None
+        raise LookupError(path)
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a pattern means a path: the whole of it if it has a slash, else its name."""
+    return fnmatchcase(path if "/" in pattern else basename(path), pattern)
+
+
+def image(kind: ImageKind, gl: str, arch: Arch) -> ImageRecipe:
+    """The recipe of a release's kmodbuild or base image. Raises ConfigurationError for an unknown one."""
+    data = _data()
+    release = _known(data["releases"], gl, "release", f"lab {kind} image {arch}-{gl}")
+    packages = _known(release[kind], str(arch), "architecture", f"lab {kind} image {arch}-{gl}")
+    return ImageRecipe(
+        kind, gl, arch, release["suite"], tuple(data["components"]), tuple(packages), tuple(data["excludes"])
+    )
+
+
+def driver(version: str, arch: Arch) -> DriverRecipe:
+    """The recipe of a driver package. Raises ConfigurationError for an unknown one."""
+    data = _data()
+    subject = f"lab driver package {version} for {arch}"
+    entry = _known(data["drivers"], version, "driver version", subject)
+    return DriverRecipe(
+        version=version,
+        arch=arch,
+        suite=entry["suite"],
+        components=tuple(data["components"]),
+        packages=tuple(_known(entry["packages"], str(arch), "architecture", subject)),
+        skewed=tuple(entry["skewed"].get(str(arch), ())),
+        sources=tuple(sorted(data["sources"].items())),
+        sources_without=tuple(data["sources_without"]),
+        rules=tuple(_rule(line) for line in data["files"]),
+        ignored=tuple(data["ignored"]),
+    )
+
+
+@cache
+def _data() -> Mapping[str, Any]:
+    data: Mapping[str, Any] = yaml.safe_load(FILE.read_bytes())
+    return data
+
+
+def _known(table: Mapping[str, Any], name: str, what: str, subject: str) -> Any:
+    if name not in table:
+        raise ConfigurationError(
+            subject,
+            f"the lab has no recipe for this {what}",
+            got=name,
+            hint=f"it knows {', '.join(sorted(table))}; see builds/lab/{FILE.name}",
+        )
+    return table[name]
+
+
+def _rule(line: Mapping[str, Any]) -> Rule:
+    values = {**line, "match": tuple(line["match"])}
+    if "as" in values:
+        values["rename"] = values.pop("as")
+    return Rule(**values)

@@ -1,0 +1,411 @@
+"""Verify: prove an image right before anyone can push it, and write down how.
+
+The checks are pytest suites in ``tests/image/``; here they are given their subject, run apart in a process of their
+own, and judged. What they expect comes from the plan, the kmodbuild image and the driver package, never from the
+image itself. Every outcome but a pass of every check is an error, also when nothing could be run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import requests
+from docker.errors import DockerException
+
+from . import __version__, kmod, oci
+from . import compile as compiling
+from . import engine as engines
+from .cache import Cache, disk_errors, key_of, recipe
+from .console import Reporter
+from .engine import Engine
+from .errors import BuildError, InfrastructureError, VerificationError
+from .plan import Inputs, Plan
+from .record import CheckResult, Outcome, Record, counts
+
+PROJECT = Path(__file__).parent.parent
+SUITES = PROJECT / "tests" / "image"
+"""The checks; they come with the project, not with the package."""
+
+GROUPS = ("modules", "driver-root", "layers", "config", "tags", "runtime")
+"""What every verification must have checks of."""
+
+LOG = "verify.log"
+
+_SHOWN = 10  # failures that are printed; the record has all
+_WIDTH = 300  # characters of a value that are printed
+_PYTEST = {
+    2: "the run of the checks was interrupted",
+    3: "pytest failed within",
+    4: "pytest was called wrongly",
+    5: "no check was collected",
+}
+"""pytest's own statuses, but for 0 (all passed) and 1 (some failed)."""
+
+_EMPTY_MODULE = {
+    "Kbuild": "obj-m := empty.o\n",
+    "empty.c": '#include <linux/module.h>\nMODULE_LICENSE("GPL");\nMODULE_DESCRIPTION("empty");\n',
+    "compile.sh": 'set -eu\nmake -C "$SYSOUT" M=/src modules\nmkdir /out\ncp /src/empty.ko /out/\n',
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the checks are told: the image, and where their expectations come from."""
+
+    layout: Path
+    digest: str
+    names: tuple[str, ...]
+    """Full names under which the image was found."""
+    complete: bool
+    """Whether these are all names it has, so that a missing one counts."""
+    plan: Plan
+    symvers: Path
+    """``Module.symvers`` of the kernel."""
+    tree: Path
+    """The driver package, unpacked."""
+    base: tuple[str, ...]
+    """Diff ids of the base image's layers."""
+    vermagic: str | None
+    """What modules for the kernel carry: that of an empty module compiled in the kmodbuild container."""
+    engine: str | None
+    """Where the container engine answers, as ``DOCKER_HOST`` spells it."""
+    loaded: str | None
+    """Name of the image in the engine."""
+    missing: str
+    """Why ``vermagic`` or ``loaded`` is missing."""
+    private: tuple[str, ...]
+    """Paths of this machine, which no image may mention."""
+    scratch: Path
+
+    def write(self, path: Path) -> None:
+        """Write the subject to a file."""
+        document = {**asdict(self), "plan": self.plan.to_json()}
+        path.write_text(json.dumps(document, default=str))
+
+    @classmethod
+    def read(cls, path: Path) -> Subject:
+        """Read a subject back."""
+        document = json.loads(path.read_text())
+        values = {
+            **document,
+            "plan": Plan.from_json(document["plan"]),
+            **{name: Path(document[name]) for name in ("layout", "symvers", "tree", "scratch")},
+            **{name: tuple(document[name]) for name in ("names", "base", "private")},
+        }
+        return cls(**values)
+
+    @property
+    def image(self) -> oci.Image:
+        """The image. Raises BuildError where the layout lacks or damages it."""
+        path = oci.blob_path(self.layout, self.digest)
+        size = path.stat().st_size if path.is_file() else 0
+        return oci.read_image(self.layout, oci.Descriptor(oci.MANIFEST, self.digest, size))
+
+
+def run(
+    plan: Plan,
+    inputs: Inputs,
+    image: oci.Image,
+    *,
+    engine: Engine | None,
+    cache: Cache,
+    out: Path,
+    report: Reporter,
+    repeat: str,
+    names: Sequence[str] | None = None,
+) -> Record:
+    """Hold an image against a plan; leaves ``record.json``, ``junit.xml`` and ``logs/verify.log`` in ``out``.
+
+    ``names`` are the full names under which the image was found; None: those that its layout gives it, and then all
+    names of the plan must be there. Without an engine the checks that run something are not run, which is no pass.
+    Raises, after the record is written, VerificationError where a check failed, and InfrastructureError where none
+    failed but not all could be run.
+    """
+    if not (SUITES / "conftest.py").is_file():
+        raise InfrastructureError(
+            "verify", f"the checks are missing: {SUITES}", hint="run it in a checkout of the project"
+        )
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    for stale in ("record.json", "junit.xml"):
+        (out / stale).unlink(missing_ok=True)
+    subject = _subject(plan, inputs, image, engine, cache, out, report, names)
+    with report.step("verify") as step:
+        checks = _checks(subject, out / "logs" / LOG, engine, report)
+        record = Record(
+            digest=image.digest,
+            size=image.size,
+            names=subject.names,
+            cell=plan.cell.id,
+            plan=plan.to_json(),
+            checks=checks,
+            tools=_tools(engine),
+            repeat=repeat,
+        )
+        record.write(out)
+        step.note(f"{len(record.of(Outcome.PASSED))} of {len(checks)} checks passed")
+    show(record, report)
+    _judge(record)
+    return record
+
+
+def show(record: Record, report: Reporter) -> None:
+    """Print a record: a line per group of checks, then the first that did not pass."""
+    report.table(
+        f"Checks of {record.cell} {record.digest[:19]}",
+        ("group", "passed", "failed", "not run", "seconds"),
+        (
+            (count.group, str(count.passed), str(count.failed), str(count.not_run), f"{count.seconds:.1f}")
+            for count in counts(record.checks)
+        ),
+    )
+    failed, not_run = record.of(Outcome.FAILED), record.of(Outcome.NOT_RUN)
+    for check in failed[:_SHOWN]:
+        report.say(f"failed: {check.name}", style="red")
+        if check.message:
+            report.say(f"  {_short(check.message)}")
+        if (check.expected, check.found) != (None, None):
+            report.say(f"  expected: {_short(check.expected)}")
+            report.say(f"  found:    {_short(check.found)}")
+    for check in not_run[:_SHOWN]:
+        report.say(f"not run: {check.name}: {_short(check.message)}", style="yellow")
+    for kind, found in (("failed", failed), ("were not run", not_run)):
+        if len(found) > _SHOWN:
+            report.say(f"… {len(found) - _SHOWN} more {kind}; record.json has them all")
+
+
+def reference(plan: Plan, inputs: Inputs, *, engine: Engine | None, cache: Cache, report: Reporter) -> kmod.Module:
+    """An empty module compiled in the kmodbuild container: what any module for this kernel has in common.
+
+    Compiled once per kernel build and compiler. Raises InfrastructureError without an engine that can, BuildError
+    where the container cannot compile it.
+    """
+
+    def build(folder: Path) -> None:
+        if engine is None or not engines.native(engine, plan.cell.arch):
+            raise InfrastructureError(
+                "reference module",
+                f"needs a container engine for {plan.cell.arch}",
+                got=engine.arch if engine else None,
+            )
+        with report.step("compile reference module") as step:
+            image = compiling.load_kmodbuild(engine, inputs.kmodbuild, report)
+            log = folder / "build.log"
+            command = ["/bin/sh", "/src/compile.sh"]
+            with engines.container(engine, image, command, environment={"SYSOUT": plan.kernel.output}) as made:
+                for name, text in _EMPTY_MODULE.items():
+                    engines.put_file(made, f"/src/{name}", text.encode())
+                if status := engines.run(made, log):
+                    got = compiling.first_error(log.read_text(errors="replace"))
+                    raise BuildError("reference module", f"the build ended with status {status}", got=got)
+                engines.get_tree(made, "/out", folder)
+            step.note(plan.kernel.build.release)
+
+    key = key_of(
+        kernel=asdict(plan.kernel.build), output=plan.kernel.output, compiler=plan.kernel.compiler, source=_EMPTY_MODULE
+    )
+    folder, _ = cache.make("reference", key, build)
+    return kmod.read_module("empty.ko", (folder / "empty.ko").read_bytes())
+
+
+def trouble(status: int) -> str | None:
+    """Why a run of pytest with this status says nothing of the checks that it did not report; None if it is whole."""
+    if status in (0, 1):
+        return None
+    if status < 0:
+        return f"the run of the checks was killed by {signal.Signals(-status).name}"
+    return _PYTEST.get(status, f"the run of the checks ended with status {status}")
+
+
+def conclude(
+    collected: Sequence[tuple[str, str]], done: Mapping[tuple[str, str], CheckResult], status: int
+) -> list[CheckResult]:
+    """The results of a run: those reported, and ``not run`` for whatever was collected or demanded and has none."""
+    why = trouble(status)
+    if why is None and status != int(any(check.outcome is not Outcome.PASSED for check in done.values())):
+        why = f"pytest's status {status} contradicts the outcomes it reported"
+    results = [done.get(each) or _not_run(*each, why or "the run of the checks ended before it") for each in collected]
+    results += [check for each, check in done.items() if each not in collected]
+    groups = {check.group for check in results}
+    results += [
+        _not_run(f"{group}.any", "", why or "there is no such check") for group in GROUPS if group not in groups
+    ]
+    if why and all(check.outcome is Outcome.PASSED for check in results):
+        results.append(_not_run("run.complete", "", why))
+    return results
+
+
+def _not_run(check: str, thing: str, why: str) -> CheckResult:
+    return CheckResult(check, thing, Outcome.NOT_RUN, None, None, why, 0.0)
+
+
+def _judge(record: Record) -> None:
+    failed, not_run = record.of(Outcome.FAILED), record.of(Outcome.NOT_RUN)
+    first = [check.name for check in (failed or not_run)[:3]]
+    subject, total = f"image {record.digest[:19]} of {record.cell}", len(record.checks)
+    if failed:
+        raise VerificationError(
+            subject,
+            f"{len(failed)} of {total} checks failed" + (f", {len(not_run)} were not run" if not_run else ""),
+            got=", ".join(first) + (" …" if len(failed) > len(first) else ""),
+            repeat=record.repeat,
+        )
+    if not record.passed:
+        raise InfrastructureError(
+            subject,
+            f"{len(not_run)} of {total} checks were not run, which is not a pass",
+            got=", ".join(first) + (" …" if len(not_run) > len(first) else ""),
+            hint=not_run[0].message if not_run else None,
+            repeat=record.repeat,
+        )
+
+
+def _subject(
+    plan: Plan,
+    inputs: Inputs,
+    image: oci.Image,
+    engine: Engine | None,
+    cache: Cache,
+    out: Path,
+    report: Reporter,
+    names: Sequence[str] | None,
+) -> Subject:
+    missing: list[str] = []
+    vermagic, loaded = None, None
+    try:
+        vermagic = reference(plan, inputs, engine=engine, cache=cache, report=report).one("vermagic")
+    except InfrastructureError as error:
+        missing.append(str(error).partition("\n")[0])
+    found = tuple(names if names is not None else oci.names_of(image.layout, image.digest))
+    if engine is None:
+        missing.append("no container engine answers")
+    else:
+        try:
+            loaded = _load(engine, image, report)
+        except InfrastructureError as error:
+            missing.append(str(error).partition("\n")[0])
+    return Subject(
+        layout=image.layout.absolute(),
+        digest=image.digest,
+        names=found,
+        complete=names is None,
+        plan=plan,
+        symvers=inputs.symvers.absolute(),
+        tree=compiling.driver_tree(plan, inputs, cache, report).absolute(),
+        base=tuple(layer.diff_id for layer in inputs.base.layers),
+        vermagic=vermagic,
+        engine=engine.url if engine else None,
+        loaded=loaded,
+        missing="; ".join(missing),
+        private=tuple(sorted({str(place.absolute()) for place in (PROJECT, cache.root, out, inputs.package.parent)})),
+        scratch=(cache.root / "tmp").absolute(),
+    )
+
+
+def _load(engine: Engine, image: oci.Image, report: Reporter) -> str:
+    """What the engine calls the image: its id, or where it has none yet a name of its digest, to load it under.
+
+    Never one of the names it came with: they may be what is wrong with it.
+    """
+    identity = image.config_descriptor.digest
+    try:
+        engine.client.images.get(identity)
+    except (DockerException, requests.RequestException):
+        name = f"gardenlinux-nvidia-builds/verify:{image.digest[7:19]}"
+        engines.load(engine, image, [name], report)
+        return name
+    return identity
+
+
+def _checks(subject: Subject, log: Path, engine: Engine | None, report: Reporter) -> tuple[CheckResult, ...]:
+    """Run the suites in a process of their own, which reports each outcome as it comes through a pipe."""
+    collected: list[tuple[str, str]] = []
+    done: dict[tuple[str, str], CheckResult] = {}
+    with tempfile.TemporaryDirectory(prefix="verify-") as folder, disk_errors("verify", log.parent):
+        subject.write(Path(folder) / "subject.json")
+        reader, writer = os.pipe()
+        with os.fdopen(reader, encoding="utf-8") as events, log.open("wb") as output:
+            try:
+                child = subprocess.Popen(
+                    _command(Path(folder), writer),
+                    cwd=PROJECT,
+                    env=_environment(engine),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=(writer,),
+                )
+            finally:
+                os.close(writer)
+            try:
+                for event in _events(events):
+                    if "collected" in event:
+                        collected = [(check, thing) for check, thing in event["collected"]]
+                        break
+                with report.units("checks", len(collected) or None) as advance:
+                    for event in _events(events):
+                        check = CheckResult(**{**event, "outcome": Outcome(event["outcome"])})
+                        done[check.id, check.object] = check
+                        advance(1)
+                status = child.wait()
+            except BaseException:
+                child.terminate()
+                child.wait()
+                raise
+    results = conclude(collected, done, status)
+    if why := trouble(status):
+        report.say(f"  {why}; see {log}", style="yellow")
+    return tuple(results)
+
+
+def _events(stream: Any) -> Iterator[dict[str, Any]]:
+    for line in stream:
+        if line.endswith("\n"):  # half a line is what a killed process leaves
+            yield json.loads(line)
+
+
+def _command(folder: Path, events: int) -> list[str]:
+    """How pytest is called: with the suites' own configuration, and no plugin but those named."""
+    suites = SUITES.relative_to(PROJECT)
+    return [
+        *(sys.executable, "-m", "pytest", str(suites)),
+        *("-c", str(suites / "pytest.ini"), "--rootdir", ".", "--confcutdir", str(suites)),
+        *("-p", "no:cacheprovider", "-p", "testinfra.plugin", "--basetemp", str(folder / "tmp")),
+        *("--subject", str(folder / "subject.json"), "--events", str(events), "--parent", str(os.getpid())),
+    ]
+
+
+def _environment(engine: Engine | None) -> dict[str, str]:
+    """The environment of the checks: nothing in it that would change pytest, and the engine that we use ourselves."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    ours = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    if engine:
+        ours |= {"DOCKER_HOST": engine.url, "CONTAINER_HOST": engine.url}
+    return kept | ours
+
+
+def _tools(engine: Engine | None) -> dict[str, str]:
+    packages = {name: metadata.version(name) for name in ("pytest", "pytest-testinfra", "pyelftools")}
+    sources = sorted(SUITES.glob("*.py"))
+    return {
+        "harness": __version__,
+        "checks": recipe(*sources, Path(kmod.__file__), Path(__file__)),
+        "python": platform.python_version(),
+        **packages,
+        "engine": engine.version if engine else "none",
+    }
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= _WIDTH else text[:_WIDTH] + " …"

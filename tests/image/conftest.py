@@ -1,0 +1,211 @@
+"""How the checks of an image are run, and how each outcome is told to whoever started them.
+
+``builds.verify`` starts pytest with a subject (``--subject``) and a pipe (``--events``). One test case is one check
+of one object; the objects come from what is expected, so that nothing passes because it was not there. A check
+passes only by comparing something: see :class:`Compare`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import enum
+import json
+import os
+import signal
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builds.errors import HarnessError, Kind
+from builds.model import ModuleType
+from builds.record import CheckResult, Outcome
+from builds.rootfs import open_rootfs
+from builds.verify import Subject
+
+from .evidence import Expected, Found
+from .inside import Inside, open_inside
+
+_PR_SET_PDEATHSIG = 1
+_EXPECTED = pytest.StashKey[Expected]()
+_CALLS = pytest.StashKey["list[Differs]"]()
+_RESULT = pytest.StashKey[CheckResult]()
+
+
+class Differs(AssertionError):
+    """A comparison: what was found against what was expected."""
+
+    def __init__(self, found: object, expected: object, hint: str) -> None:
+        super().__init__(hint)
+        self.found, self.expected, self.hint = _plain(found), _plain(expected), hint
+
+
+class Compare:
+    """Compares, and keeps both sides for the record."""
+
+    def __init__(self, calls: list[Differs]) -> None:
+        self._calls = calls
+
+    def __call__(self, found: object, expected: object, hint: str = "") -> None:
+        """Fail unless both are equal; order counts in lists only. ``hint`` says what it means where they are not."""
+        outcome = Differs(found, expected, hint)
+        self._calls.append(outcome)
+        if outcome.found != outcome.expected:
+            raise outcome
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("verification")
+    group.addoption("--subject", type=Path, help="what to check, as builds.verify writes it")
+    group.addoption("--events", type=int, help="file descriptor that each outcome is written to")
+    group.addoption("--parent", type=int, help="process that must be alive for the run to go on")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    subject = config.getoption("--subject")
+    if subject is None:
+        raise pytest.UsageError("these are the checks of an image: `nox -s verify` runs them")
+    _die_with(config.getoption("--parent"))
+    config.stash[_EXPECTED] = Expected(Subject.read(subject))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    expected = metafunc.config.stash[_EXPECTED]
+    objects: dict[str, Any] = {
+        "module": lambda: expected.modules,
+        "module_type": lambda: tuple(ModuleType),
+        "file": lambda: expected.files,
+        "link": lambda: expected.links,
+        "elf": lambda: expected.elves,
+        "library": lambda: expected.libraries,
+        "program": lambda: expected.programs,
+    }
+    for name in set(metafunc.fixturenames) & objects.keys():
+        values = objects[name]()
+        metafunc.parametrize(name, values, ids=[str(getattr(value, "dest", value)) for value in values])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    names = [_name(item) for item in session.items]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise pytest.UsageError(f"checks of one name: {sorted(twice)}")
+    _tell(session.config, {"collected": names})
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    report = yield
+    so_far = item.stash.get(_RESULT, CheckResult(*_name(item), Outcome.NOT_RUN, None, None, "", 0.0))
+    verdict = _verdict(item, call)
+    seconds = so_far.seconds + call.duration
+    if call.when == "setup" or verdict[0] is not Outcome.PASSED:
+        if so_far.outcome is Outcome.FAILED:
+            verdict = (so_far.outcome, so_far.expected, so_far.found, so_far.message)
+    elif call.when == "teardown":
+        verdict = (so_far.outcome, so_far.expected, so_far.found, so_far.message)
+    result = CheckResult(so_far.id, so_far.object, *verdict, seconds)
+    item.stash[_RESULT] = result
+    if call.when == "teardown":
+        _tell(item.config, asdict(result))
+    return report
+
+
+def _verdict(item: pytest.Item, call: pytest.CallInfo[None]) -> tuple[Outcome, Any, Any, str]:
+    """Outcome, expected, found and message of a phase of a test.
+
+    A damaged or incomplete image fails; surroundings that fail, and whatever nobody thought of, prove nothing.
+    """
+    calls = item.stash.get(_CALLS, [])
+    expected, found = (calls[-1].expected, calls[-1].found) if calls else (None, None)
+    error = call.excinfo.value if call.excinfo else None
+    if error is None:
+        if call.when == "call" and not calls:
+            return Outcome.NOT_RUN, None, None, "it compared nothing"
+        return Outcome.PASSED, expected, found, ""
+    if isinstance(error, Differs):
+        return Outcome.FAILED, error.expected, error.found, error.hint
+    if isinstance(error, HarnessError) and error.kind in (Kind.BUILD, Kind.VERIFICATION):
+        return Outcome.FAILED, expected, found, str(error)
+    if isinstance(error, HarnessError | pytest.skip.Exception):
+        return Outcome.NOT_RUN, None, None, str(error)
+    return Outcome.NOT_RUN, None, None, f"{type(error).__name__}: {error}"
+
+
+@pytest.fixture
+def compare(request: pytest.FixtureRequest) -> Compare:
+    """Compares what was found with what was expected; whatever a check proves, it proves by this."""
+    return Compare(request.node.stash.setdefault(_CALLS, []))
+
+
+@pytest.fixture(scope="session")
+def expected(request: pytest.FixtureRequest) -> Expected:
+    """What the image must hold."""
+    return request.config.stash[_EXPECTED]
+
+
+@pytest.fixture(scope="session")
+def subject(expected: Expected) -> Subject:
+    """The image, and where expectations come from."""
+    return expected.subject
+
+
+@pytest.fixture(scope="session")
+def found(expected: Expected) -> Iterator[Found]:
+    """What the image holds."""
+    image = expected.subject.image
+    with open_rootfs(image, expected.subject.scratch) as rootfs:
+        yield Found(image, rootfs, expected)
+
+
+@pytest.fixture(scope="session")
+def inside(subject: Subject) -> Iterator[Inside]:
+    """A container of the image, which does nothing but stand by."""
+    with open_inside(subject) as made:
+        yield made
+
+
+def _name(item: pytest.Item) -> tuple[str, str]:
+    """Id and object of a test's check."""
+    marker = item.get_closest_marker("check")
+    if marker is None:
+        raise pytest.UsageError(f"{item.nodeid} does not say which check it is")
+    callspec = getattr(item, "callspec", None)
+    return str(marker.args[0]), str(callspec.id) if callspec else ""
+
+
+def _tell(config: pytest.Config, event: Mapping[str, Any]) -> None:
+    descriptor = config.getoption("--events")
+    if descriptor is not None:
+        data = json.dumps(event).encode() + b"\n"
+        while data:
+            data = data[os.write(descriptor, data) :]
+
+
+def _die_with(parent: int | None) -> None:
+    """End in good order when told to, and when the process that started us is gone."""
+
+    def stop(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    if parent is not None:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            raise pytest.UsageError("whoever started the checks is gone")
+
+
+def _plain(value: object) -> Any:
+    """A value as JSON has it; sets sorted."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted((_plain(item) for item in value), key=str)
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -1,0 +1,204 @@
+"""Where the checks get their facts: what is expected, from plan and inputs, and what is found, from the image."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from builds import kmod, oci, paths, userspace
+from builds.cache import CHUNK
+from builds.errors import BuildError
+from builds.kmod import Elf, Export, Module
+from builds.manifest import Placed
+from builds.model import MODULES, ModuleType
+from builds.plan import Plan
+from builds.rootfs import Node, RootFs
+from builds.verify import Subject
+
+
+@dataclass(frozen=True)
+class ModuleRef:
+    """One module that the plan demands."""
+
+    type: ModuleType
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.type}/{self.name}.ko"
+
+
+class Expected:
+    """What an image must hold: by its plan, the driver package and the kernel, never by the image."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.plan: Plan = subject.plan
+
+    @functools.cached_property
+    def modules(self) -> tuple[ModuleRef, ...]:
+        """Five modules of every type that is built."""
+        return tuple(ModuleRef(kind, name) for kind in sorted(self.plan.modules) for name in MODULES)
+
+    @functools.cached_property
+    def placed(self) -> tuple[Placed, ...]:
+        """Files and links of the driver root."""
+        return userspace.selection(self.subject.tree, self.plan.cell.arch)
+
+    @functools.cached_property
+    def files(self) -> tuple[Placed, ...]:
+        """Files of the driver root."""
+        return tuple(one for one in self.placed if one.source is not None)
+
+    @functools.cached_property
+    def links(self) -> tuple[Placed, ...]:
+        """Symlinks of the driver root."""
+        return tuple(one for one in self.placed if one.target is not None)
+
+    @functools.cached_property
+    def elves(self) -> tuple[Placed, ...]:
+        """Programs and libraries of the driver root. Firmware is of another machine: the GPU's."""
+        return tuple(
+            one for one in self.files if not one.dest.startswith("lib/firmware/") and kmod.is_elf(self.head(one))
+        )
+
+    @functools.cached_property
+    def libraries(self) -> tuple[Placed, ...]:
+        """Libraries of the driver root that have a SONAME."""
+        return tuple(one for one in self.elves if self.elf(one).soname)
+
+    @functools.cached_property
+    def programs(self) -> tuple[Placed, ...]:
+        """The tools: programs and scripts."""
+        return tuple(one for one in self.files if one.dest.startswith("usr/bin/"))
+
+    def head(self, one: Placed) -> bytes:
+        """The first bytes of a file, from the driver package."""
+        with (self.subject.tree / str(one.source)).open("rb") as stream:
+            return stream.read(4)
+
+    @functools.cache  # noqa: B019  # lives as long as the run
+    def elf(self, one: Placed) -> Elf:
+        """What a program or library says of itself, from the driver package."""
+        return kmod.read_elf(one.dest, (self.subject.tree / str(one.source)).read_bytes())
+
+    @functools.cached_property
+    def kernel(self) -> Mapping[str, Export]:
+        """What the kernel exports."""
+        return kmod.read_symvers(self.subject.symvers)
+
+    @property
+    def set_folder(self) -> str:
+        """Folder of the image with the modules of the kernel build."""
+        return f"{paths.MODULES}/{self.plan.kernel.build.id}"
+
+
+@dataclass
+class Found:
+    """What an image holds."""
+
+    image: oci.Image
+    rootfs: RootFs
+    expected: Expected
+    _modules: dict[ModuleRef, Module | BuildError] = field(default_factory=dict)
+    _elves: dict[str, Elf] = field(default_factory=dict)
+
+    def file(self, path: str) -> Node:
+        """The regular file at a path, itself and not what a link points to. Raises BuildError where there is none."""
+        node = self.rootfs.nodes.get(path)
+        if node is None or not node.is_file:
+            raise BuildError(f"/{path}", "is not a file of the image", got=kind_of(node))
+        return node
+
+    def module(self, ref: ModuleRef) -> Module:
+        """A module, read once. Raises BuildError where it is missing or damaged, each time."""
+        if ref not in self._modules:
+            try:
+                data = self.file(f"{self.expected.set_folder}/{ref}").read()
+                self._modules[ref] = kmod.read_module(f"{ref.name}.ko", data)
+            except BuildError as error:
+                self._modules[ref] = error
+        module = self._modules[ref]
+        if isinstance(module, BuildError):
+            raise module
+        return module
+
+    def siblings(self, kind: ModuleType) -> dict[str, Module]:
+        """The modules of a type that are there and can be read, by name; what is not has failed by itself."""
+        modules: dict[str, Module] = {}
+        for name in MODULES:
+            try:
+                modules[name] = self.module(ModuleRef(kind, name))
+            except BuildError:
+                continue
+        return modules
+
+    def lent(self, ref: ModuleRef) -> dict[str, Export]:
+        """Every symbol that kernel and siblings lend to a module."""
+        return kmod.providers(self.expected.kernel, self.siblings(ref.type), ref.name)
+
+    def elf(self, path: str) -> Elf:
+        """A program or library. Raises BuildError where it is missing or damaged."""
+        if path not in self._elves:
+            self._elves[path] = kmod.read_elf(f"/{path}", self.file(path).read())
+        return self._elves[path]
+
+    @property
+    def bases(self) -> int:
+        """How many of the layers are the base's."""
+        return len(self.expected.subject.base)
+
+    def ours(self) -> list[Node]:
+        """Everything that the layers above the base bring."""
+        return [node for path, node in sorted(self.rootfs.nodes.items()) if node.layer >= self.bases]
+
+    @functools.cached_property
+    def layers(self) -> tuple[LayerFacts, ...]:
+        """What the layers above the base hold, whiteouts included, and the diff id of each layer."""
+        return tuple(
+            _layer_facts(self.image, layer, members=number >= self.bases)
+            for number, layer in enumerate(self.image.layers)
+        )
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One layer as it is stored."""
+
+    diff_id: str
+    """Of its bytes, uncompressed."""
+    members: tuple[tarfile.TarInfo, ...]
+
+
+def kind_of(node: Node | None) -> str:
+    """What a node is, in a word."""
+    if node is None:
+        return "nothing"
+    return "a file" if node.is_file else "a folder" if node.is_dir else "a link" if node.is_link else "a special file"
+
+
+class _Hashing:
+    """A stream that keeps the digest of what was read from it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream, self.hash = stream, hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.stream.read(size)
+        self.hash.update(data)
+        return data
+
+
+def _layer_facts(image: oci.Image, layer: oci.Layer, *, members: bool) -> LayerFacts:
+    with oci.open_layer(image.layout, layer.descriptor) as stream:
+        hashing: Any = _Hashing(stream)
+        found: tuple[tarfile.TarInfo, ...] = ()
+        if members:
+            with tarfile.open(fileobj=hashing, mode="r|", bufsize=CHUNK) as archive:
+                found = tuple(archive)
+        while hashing.read(CHUNK):
+            pass
+    return LayerFacts(f"sha256:{hashing.hash.hexdigest()}", found)
