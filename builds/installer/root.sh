@@ -13,8 +13,8 @@ mount_root() {
     undo_root || die "$ROOT_FOLDER has a mount of an earlier run: unmount it on the node"
     mkdir -p "$ROOT_FOLDER" || die "$ROOT_FOLDER cannot be made: mount the host's /run/nvidia there, writable"
     note root
-    # Private: what others on the node mount below it must not come back here and keep it busy.
-    answer=$(mount --rbind --make-rprivate "$DRIVER_FOLDER" "$ROOT_FOLDER" 2>&1) ||
+    # It stays shared, as its parent is: so the unmounting, too, reaches the node, with whatever others mounted below.
+    answer=$(mount --rbind "$DRIVER_FOLDER" "$ROOT_FOLDER" 2>&1) ||
         die "the driver root cannot be mounted at $ROOT_FOLDER ($answer): run this container privileged"
     log "driver root mounted at $ROOT_FOLDER"
 }

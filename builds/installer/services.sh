@@ -64,9 +64,11 @@ alive_persistenced() {
 stop_persistenced() {
     pid=$(cat "$PID_FOLDER/nvidia-persistenced.pid" 2>/dev/null) || return 0
     kill -TERM "$pid" 2>/dev/null || return 0
-    for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do # it holds the devices until it is gone
+    tries=100
+    while [ "$tries" -gt 0 ]; do # it holds the devices until it is gone
         kill -0 "$pid" 2>/dev/null || return 0
-        sleep 0.5
+        tries=$((tries - 1))
+        sleep 0.1
     done
     kill -KILL "$pid" 2>/dev/null || return 0
 }

@@ -27,15 +27,6 @@ _NETWORK = "is the network up, and does `apt-get update` work on this machine?"
 
 
 @dataclass(frozen=True)
-class Mirrors:
-    """Where this machine gets Debian from."""
-
-    archive: str
-    security: str | None
-    """None where the machine has no source of security updates: the lab has none either, then."""
-
-
-@dataclass(frozen=True)
 class Package:
     """A package of the archive, down to its bytes."""
 
@@ -55,32 +46,29 @@ class Package:
         return self.name, self.version, self.sha256
 
 
-def mirrors_of(targets: str) -> Mirrors:
-    """Find Debian among the index targets of apt (``ORIGIN|LABEL|REPO_URI`` lines), other vendors' aside.
+def archive_of(targets: str) -> str:
+    """Find Debian's archive among the index targets of apt (``ORIGIN|LABEL|REPO_URI`` lines), other vendors' aside.
 
     Raises InfrastructureError where it is not among them.
     """
-    found: dict[str, str] = {}
-    for line in targets.splitlines():
-        origin, label, uri = line.split("|")
-        if origin == "Debian":
-            found.setdefault(label, uri)
-    if "Debian" not in found:
-        raise InfrastructureError(
-            "Debian's archive",
-            "is not among the sources of this machine's apt",
-            got=", ".join(sorted({line.split("|")[1] for line in targets.splitlines()} - {""})) or "no known source",
-            hint="on a Debian machine `apt-get update` makes its sources known",
-        )
-    return Mirrors(found["Debian"], found.get("Debian-Security"))
+    lines = [line.split("|") for line in targets.splitlines()]
+    for origin, label, uri in lines:
+        if (origin, label) == ("Debian", "Debian"):
+            return uri
+    raise InfrastructureError(
+        "Debian's archive",
+        "is not among the sources of this machine's apt",
+        got=", ".join(sorted({label for _, label, _ in lines} - {""})) or "no known source",
+        hint="on a Debian machine `apt-get update` makes its sources known",
+    )
 
 
-def sources_list(mirrors: Mirrors, suite: str, components: Sequence[str], keyring: Path) -> str:
-    """The sources of one suite with its updates."""
-    places = [(mirrors.archive, suite), (mirrors.archive, f"{suite}-updates")]
-    if mirrors.security:
-        places.append((mirrors.security, f"{suite}-security"))
-    return "".join(f"deb [signed-by={keyring}] {uri} {name} {' '.join(components)}\n" for uri, name in places)
+def source_line(archive: str, suite: str, components: Sequence[str], keyring: Path) -> str:
+    """The source of one suite: its release pocket alone.
+
+    Without updates and security it stands still between two point releases, and so do the lab's images.
+    """
+    return f"deb [signed-by={keyring}] {archive} {suite} {' '.join(components)}\n"
 
 
 def configuration(folder: Path, arch: Arch) -> str:
@@ -172,7 +160,7 @@ class Archive:
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / "status", "")
             write_atomically(
-                self.folder / "sources.list", sources_list(mirrors_of(targets), self.suite, components, _keyring())
+                self.folder / "sources.list", source_line(archive_of(targets), self.suite, components, _keyring())
             )
             write_atomically(self.folder / "apt.conf", configuration(self.folder, self.arch))
         self._apt("apt-get", "-qq", "update")

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from .. import oci
 from ..cache import write_atomically
-from ..errors import BuildError
+from ..errors import BuildError, InfrastructureError
 from . import commands
 from .apt import Package, file_name, flat_index, flat_release
 from .recipes import ImageRecipe
 
-COMMANDS = ("setpriv", "mmdebstrap", "apt-get", "dpkg", "tar")
+COMMANDS = ("setpriv", "unshare", "mmdebstrap", "apt-get", "dpkg", "tar")
 
 LAYER = "layer.tar.zst"
 LAYER_FACTS = "layer.json"
@@ -36,12 +36,17 @@ _CLEANED = (
 """Commands that mmdebstrap runs when all is installed; ``$1`` is the root of the image."""
 
 
+_MACHINE = ("No space left on device", "Operation not permitted", "Read-only file system")
+"""What a log says where the machine is at fault: full, or without the rights to make namespaces and mounts."""
+
+
 def command(recipe: ImageRecipe, repository: Path, target: Path, *, root: bool) -> tuple[str, ...]:
     """The command that installs an image's packages from a folder and packs the result as a tar."""
     options = [
         f"--mode={'root' if root else 'unshare'}",
         "--variant=essential",
         "--format=tar",
+        "--verbose",
         f"--architectures={recipe.arch}",
         f"--include={','.join(recipe.packages)}",
         # a runtime makes its own device nodes; the repository below has no signature
@@ -51,10 +56,12 @@ def command(recipe: ImageRecipe, repository: Path, target: Path, *, root: bool) 
     ]
     options += [f"--dpkgopt={line}" for line in recipe.excludes]
     options += [f"--customize-hook={line}" for line in _CLEANED]
-    # If we are killed, mmdebstrap is told and takes its mounts down.
+    # In namespaces of its own: when we are killed, so is all of it, and its mounts are gone with the last process.
+    # (mmdebstrap alone, told to stop while nobody reads what it says, leaves proc and sys mounted in the cache.)
     return (
-        *("setpriv", "--pdeathsig", "TERM", "--", "mmdebstrap"),
-        *options,
+        *("setpriv", "--pdeathsig", "KILL", "--"),
+        *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--"),
+        *("mmdebstrap", *options),
         recipe.suite,
         str(target),
         # every file was checked against the archive's signed index when it was downloaded
@@ -73,7 +80,7 @@ def build(
     """Install the packages and write the image's layer and its facts to ``folder``.
 
     ``progress`` is told packages as they are set up. Raises BuildError with the end of the log where the
-    installation fails.
+    installation fails, InfrastructureError where the log says that the machine is at fault.
     """
     repository, temporary, tar = folder / "repository", folder / "tmp", folder / "root.tar"
     repository.mkdir()
@@ -133,16 +140,18 @@ def _run(
                 if line.startswith("Setting up "):
                     progress(1)
         except BaseException:
-            process.terminate()  # it takes its mounts down
-            process.stdout.read()
+            process.kill()
             process.wait()
             raise
         status = process.wait()
     if status:
-        raise BuildError(
+        said = log.read_text(errors="replace")
+        # the packages are proven, so what is left to blame is the machine, or packages that do not go together
+        kind = InfrastructureError if any(sign in said for sign in _MACHINE) else BuildError
+        raise kind(
             f"lab {recipe.kind} image {recipe.arch}-{recipe.gl}",
             f"mmdebstrap failed with status {status}",
-            got=commands.tail(log.read_text(errors="replace")),
+            got=commands.tail(said),
             hint=f"all it said is in {log}",
             repeat="nox -s lab",
         )

@@ -51,6 +51,8 @@ def make(cells: Iterable[Cell], bases: Iterable[tuple[str, Arch]], cache: Cache,
     commands.require(sorted({name for part in parts for name in part.commands}))
     folder = cache.root / "lab"
     with locked(folder / "make", lambda: report.say("  another run makes lab inputs; waiting for it …")):
+        for left in sorted((folder / "parts").glob("*.part")):
+            remove(left)  # by a run that was killed
         archives = {
             (part.recipe.suite, part.recipe.arch): Archive(
                 folder / "apt" / f"{part.recipe.suite}-{part.recipe.arch}", part.recipe.suite, part.recipe.arch

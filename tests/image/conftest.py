@@ -31,11 +31,15 @@ from .inside import Inside, open_inside
 
 _PR_SET_PDEATHSIG = 1
 _EXPECTED = pytest.StashKey[Expected]()
-_CALLS = pytest.StashKey["list[Differs]"]()
-_RESULT = pytest.StashKey[CheckResult]()
+_CALLS = pytest.StashKey["list[Difference]"]()
+_SECONDS = pytest.StashKey[float]()
+_PROBLEM = pytest.StashKey["Verdict | None"]()
+
+Verdict = tuple[Outcome, Any, Any, str]
+"""Outcome, expected, found and message of a check."""
 
 
-class Differs(AssertionError):
+class Difference(AssertionError):  # noqa: N818  # it is what it is, also when both sides agree
     """A comparison: what was found against what was expected."""
 
     def __init__(self, found: object, expected: object, hint: str) -> None:
@@ -46,12 +50,12 @@ class Differs(AssertionError):
 class Compare:
     """Compares, and keeps both sides for the record."""
 
-    def __init__(self, calls: list[Differs]) -> None:
+    def __init__(self, calls: list[Difference]) -> None:
         self._calls = calls
 
     def __call__(self, found: object, expected: object, hint: str = "") -> None:
         """Fail unless both are equal; order counts in lists only. ``hint`` says what it means where they are not."""
-        outcome = Differs(found, expected, hint)
+        outcome = Difference(found, expected, hint)
         self._calls.append(outcome)
         if outcome.found != outcome.expected:
             raise outcome
@@ -98,37 +102,32 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
-    so_far = item.stash.get(_RESULT, CheckResult(*_name(item), Outcome.NOT_RUN, None, None, "", 0.0))
-    verdict = _verdict(item, call)
-    seconds = so_far.seconds + call.duration
-    if call.when == "setup" or verdict[0] is not Outcome.PASSED:
-        if so_far.outcome is Outcome.FAILED:
-            verdict = (so_far.outcome, so_far.expected, so_far.found, so_far.message)
-    elif call.when == "teardown":
-        verdict = (so_far.outcome, so_far.expected, so_far.found, so_far.message)
-    result = CheckResult(so_far.id, so_far.object, *verdict, seconds)
-    item.stash[_RESULT] = result
+    seconds = item.stash[_SECONDS] = item.stash.get(_SECONDS, 0.0) + call.duration
+    problem = item.stash[_PROBLEM] = item.stash.get(_PROBLEM, None) or _problem(item, call)
     if call.when == "teardown":
-        _tell(item.config, asdict(result))
+        _tell(item.config, asdict(CheckResult(*_name(item), *(problem or _pass(item)), round(seconds, 3))))
     return report
 
 
-def _verdict(item: pytest.Item, call: pytest.CallInfo[None]) -> tuple[Outcome, Any, Any, str]:
-    """Outcome, expected, found and message of a phase of a test.
+def _pass(item: pytest.Item) -> Verdict:
+    calls = item.stash.get(_CALLS, [])
+    if not calls:
+        return Outcome.NOT_RUN, None, None, "it compared nothing"
+    return Outcome.PASSED, calls[-1].expected, calls[-1].found, ""
+
+
+def _problem(item: pytest.Item, call: pytest.CallInfo[None]) -> Verdict | None:
+    """What went wrong in a phase of a test, if anything did.
 
     A damaged or incomplete image fails; surroundings that fail, and whatever nobody thought of, prove nothing.
     """
-    calls = item.stash.get(_CALLS, [])
-    expected, found = (calls[-1].expected, calls[-1].found) if calls else (None, None)
-    error = call.excinfo.value if call.excinfo else None
-    if error is None:
-        if call.when == "call" and not calls:
-            return Outcome.NOT_RUN, None, None, "it compared nothing"
-        return Outcome.PASSED, expected, found, ""
-    if isinstance(error, Differs):
+    if call.excinfo is None:
+        return None
+    error = call.excinfo.value
+    if isinstance(error, Difference):
         return Outcome.FAILED, error.expected, error.found, error.hint
     if isinstance(error, HarnessError) and error.kind in (Kind.BUILD, Kind.VERIFICATION):
-        return Outcome.FAILED, expected, found, str(error)
+        return Outcome.FAILED, None, None, str(error)
     if isinstance(error, HarnessError | pytest.skip.Exception):
         return Outcome.NOT_RUN, None, None, str(error)
     return Outcome.NOT_RUN, None, None, f"{type(error).__name__}: {error}"

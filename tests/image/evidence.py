@@ -7,7 +7,10 @@ import hashlib
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import IO, Any
+
+import zstandard
 
 from builds import kmod, oci, paths, userspace
 from builds.cache import CHUNK
@@ -18,6 +21,13 @@ from builds.model import MODULES, ModuleType
 from builds.plan import Plan
 from builds.rootfs import Node, RootFs
 from builds.verify import Subject
+
+_X11 = "VDPAU decodes for an X client, which brings X11 itself"
+_MAY_LACK = {
+    ("libvdpau_nvidia.so.*", "libX11.so.6"): _X11,
+    ("libvdpau_nvidia.so.*", "libXext.so.6"): _X11,
+}
+"""Libraries that may be missing, by who needs them, and why that is no defect."""
 
 
 @dataclass(frozen=True)
@@ -157,11 +167,13 @@ class Found:
 
     @functools.cached_property
     def layers(self) -> tuple[LayerFacts, ...]:
-        """What the layers above the base hold, whiteouts included, and the diff id of each layer."""
-        return tuple(
-            _layer_facts(self.image, layer, members=number >= self.bases)
-            for number, layer in enumerate(self.image.layers)
-        )
+        """What each layer holds, whiteouts included. Raises BuildError for one that is no readable tar."""
+        return tuple(_layer_facts(self.image, layer) for layer in self.image.layers)
+
+    @property
+    def members(self) -> list[tarfile.TarInfo]:
+        """Everything that stands in the layers above the base, whiteouts included."""
+        return [member for layer in self.layers[self.bases :] for member in layer.members]
 
 
 @dataclass(frozen=True)
@@ -171,6 +183,11 @@ class LayerFacts:
     diff_id: str
     """Of its bytes, uncompressed."""
     members: tuple[tarfile.TarInfo, ...]
+
+
+def may_lack(library: str) -> frozenset[str]:
+    """Libraries that a library may want in vain."""
+    return frozenset(needed for who, needed in _MAY_LACK if fnmatchcase(library, who))
 
 
 def kind_of(node: Node | None) -> str:
@@ -192,13 +209,14 @@ class _Hashing:
         return data
 
 
-def _layer_facts(image: oci.Image, layer: oci.Layer, *, members: bool) -> LayerFacts:
-    with oci.open_layer(image.layout, layer.descriptor) as stream:
-        hashing: Any = _Hashing(stream)
-        found: tuple[tarfile.TarInfo, ...] = ()
-        if members:
+def _layer_facts(image: oci.Image, layer: oci.Layer) -> LayerFacts:
+    try:
+        with oci.open_layer(image.layout, layer.descriptor) as stream:
+            hashing: Any = _Hashing(stream)
             with tarfile.open(fileobj=hashing, mode="r|", bufsize=CHUNK) as archive:
-                found = tuple(archive)
-        while hashing.read(CHUNK):
-            pass
-    return LayerFacts(f"sha256:{hashing.hash.hexdigest()}", found)
+                members = tuple(archive)
+            while hashing.read(CHUNK):
+                pass
+    except (tarfile.TarError, EOFError, zstandard.ZstdError, OSError) as error:
+        raise BuildError(f"layer {layer.descriptor.digest}", "cannot be read", got=str(error)) from error
+    return LayerFacts(f"sha256:{hashing.hash.hexdigest()}", members)

@@ -18,6 +18,9 @@ from builds.verify import Subject
 
 _PATIENCE = 30  # seconds that a command may take
 
+ENDED = (124, 125, 126, 127, 137)
+"""Statuses of a command that never started, or did not end in time."""
+
 
 @dataclass(frozen=True)
 class Said:

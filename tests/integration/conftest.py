@@ -83,14 +83,14 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def builds() -> Cli:
-    """Run ``python -m builds`` as a user would."""
+def builds(out: Path) -> Cli:
+    """Run ``python -m builds`` as a user would, with the shared output folder."""
 
     def run(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "builds", *arguments],
             cwd=ROOT,
-            env=environment(**(env or {})),
+            env=environment(**{"OUT_DIR": str(out), **(env or {})}),
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,

@@ -1,0 +1,162 @@
+"""What the image says of itself, and how the GPU Operator starts it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from builds import oci, paths
+from builds.rootfs import Node
+
+from .conftest import Compare
+from .evidence import Expected, Found
+
+_USERLAND = (
+    # the operator's preStop hook (operator contract, row 9) and its probes
+    *("sh", "rm"),
+    # what nvidia-driver needs to load modules, lend the driver root and stay in the foreground
+    *("awk", "cat", "env", "findmnt", "flock", "id", "insmod", "mkdir", "modinfo", "mount", "mountpoint"),
+    *("mv", "nsenter", "rmmod", "sleep", "sort", "tac", "tr", "umount", "uname"),
+)
+"""Programs of the base that somebody calls by name."""
+
+_LABELS = {
+    "org.opencontainers.image.title": "NVIDIA driver",
+    "org.opencontainers.image.description": (
+        "Precompiled NVIDIA {driver} kernel modules for {kernel.release}, run by the GPU Operator"
+    ),
+    "org.opencontainers.image.version": "{driver}",
+    "org.opencontainers.image.vendor": "Garden Linux",
+    "org.opencontainers.image.licenses": "LicenseRef-NVIDIA AND Apache-2.0",
+    "org.opencontainers.image.base.digest": "{plan.base.digest}",
+    "io.gardenlinux.nvidia.driver-version": "{driver}",
+    "io.gardenlinux.nvidia.kernel": "{kernel.release}",
+    "io.gardenlinux.nvidia.kernel-build": "{kernel.digest}",
+    "io.gardenlinux.nvidia.kernel-package": "{kernel.package}",
+    "io.gardenlinux.nvidia.module-types": "{types}",
+    "io.gardenlinux.nvidia.plan-key": "{plan.image}",
+}
+"""Every label an image has, by the plan."""
+
+_SECRETS = (
+    r"(?i)(pass(word|wd)|secret|token|api_?key|credential|authorization)\w*[\"']?\s*[=:]\s*\S+",
+    r"://[^/\s:@\"]+:[^/\s@\"]+@",
+    r"-----BEGIN [A-Z ]*PRIVATE KEY",
+    r"\b(gh[opsu]_|github_pat_|glpat-|xox[abp]-|AKIA)\w{8,}",
+)
+_BUILD_PATHS = r"/(home|root|tmp|Users|workspace|builds|var/tmp|github|runner)/[^\s\"']+"
+
+
+@pytest.mark.check("config.architecture")
+def test_architecture(found: Found, expected: Expected, compare: Compare) -> None:
+    compare(found.image.config.get("architecture"), expected.plan.cell.arch)
+
+
+@pytest.mark.check("config.os")
+def test_os(found: Found, compare: Compare) -> None:
+    compare(found.image.config.get("os"), "linux")
+
+
+@pytest.mark.check("config.user")
+def test_user(found: Found, compare: Compare) -> None:
+    """Root: the operator runs it privileged and says nothing of a user."""
+    compare(_run(found).get("User", "") in ("", "0", "root", "0:0"), True, "modules cannot be loaded by another user")
+
+
+@pytest.mark.check("config.entrypoint")
+def test_entrypoint(found: Found, compare: Compare) -> None:
+    """Started by itself it does what the operator would have it do."""
+    compare([*_run(found).get("Entrypoint", []), *_run(found).get("Cmd", [])], [f"/{paths.ENTRYPOINT}", "init"])
+
+
+@pytest.mark.check("config.command")
+def test_command(found: Found, compare: Compare) -> None:
+    """The operator starts `nvidia-driver` by its name (operator contract, row 5): first on PATH, executable."""
+    node = _on_path("nvidia-driver", found)
+    compare(node.path if node else None, paths.ENTRYPOINT)
+    assert node
+    compare(oct(node.mode & 0o7777), oct(0o755))
+
+
+@pytest.mark.check("config.path")
+def test_path(found: Found, compare: Compare) -> None:
+    """The operator's startup probe calls `nvidia-smi` by its name (operator contract, row 7)."""
+    node = _on_path("nvidia-smi", found)
+    compare(node.path if node else None, f"{paths.DRIVER_ROOT}/usr/bin/nvidia-smi")
+
+
+@pytest.mark.check("config.library-path")
+def test_library_path(found: Found, expected: Expected, compare: Compare) -> None:
+    wanted = f"/{paths.DRIVER_ROOT}/usr/lib/{expected.plan.cell.arch.triplet}"
+    compare(_environment(found).get("LD_LIBRARY_PATH"), wanted)
+
+
+@pytest.mark.check("config.userland")
+@pytest.mark.parametrize("name", _USERLAND)
+def test_userland(name: str, found: Found, compare: Compare) -> None:
+    node = _on_path(name, found)
+    compare(bool(node and node.mode & 0o111), True, "no such program on PATH")
+
+
+@pytest.mark.check("config.labels")
+@pytest.mark.parametrize("label", _LABELS)
+def test_labels(label: str, found: Found, expected: Expected, compare: Compare) -> None:
+    plan = expected.plan
+    wanted = _LABELS[label].format(
+        plan=plan, driver=plan.cell.driver, kernel=plan.kernel.build, types=",".join(sorted(plan.modules))
+    )
+    compare(_run(found).get("Labels", {}).get(label), wanted)
+
+
+@pytest.mark.check("config.no-other-labels")
+def test_no_other_labels(found: Found, compare: Compare) -> None:
+    compare(sorted(_run(found).get("Labels", {}).keys() - _LABELS.keys()), [])
+
+
+@pytest.mark.check("config.history")
+def test_history(found: Found, compare: Compare) -> None:
+    """A line for each layer, and no clock: the same plan gives the same digest."""
+    history = [entry for entry in found.image.config.get("history", []) if not entry.get("empty_layer")]
+    compare(len(history), len(found.image.layers))
+    times = {found.image.config.get("created"), *(entry.get("created") for entry in history)}
+    compare(times, {oci.CREATED})
+
+
+@pytest.mark.check("config.secrets")
+def test_secrets(found: Found, compare: Compare) -> None:
+    text = _said(found)
+    compare([match[0][:12] + "…" for pattern in _SECRETS for match in re.finditer(pattern, text)], [])
+
+
+@pytest.mark.check("config.build-paths")
+def test_build_paths(found: Found, expected: Expected, compare: Compare) -> None:
+    """No path of the machine that built or checks it."""
+    text = _said(found)
+    paths_found = {match[0] for match in re.finditer(_BUILD_PATHS, text)}
+    compare(paths_found | {path for path in expected.subject.private if path in text}, [])
+
+
+def _run(found: Found) -> dict[str, Any]:
+    """How a runtime is to start the image."""
+    return found.image.config.get("config") or {}
+
+
+def _said(found: Found) -> str:
+    """Everything that manifest and config say."""
+    return json.dumps([found.image.config, found.image.manifest], ensure_ascii=False)
+
+
+def _environment(found: Found) -> dict[str, str]:
+    return dict(line.partition("=")[::2] for line in _run(found).get("Env", []))
+
+
+def _on_path(name: str, found: Found) -> Node | None:
+    """The program that a name means to the image's environment."""
+    for folder in _environment(found).get("PATH", "").split(":"):
+        node = found.rootfs.resolve(f"{folder}/{name}")
+        if node and node.is_file and node.mode & 0o111:
+            return node
+    return None

@@ -1,0 +1,185 @@
+"""The kernel modules: whole, of this driver, for this kernel build, and such that the kernel will take them."""
+
+from __future__ import annotations
+
+import stat
+
+import pytest
+
+from builds import kmod, paths
+from builds.errors import InfrastructureError
+from builds.kmod import LAYOUT_SYMBOL
+from builds.model import MODULES, ModuleType
+
+from .conftest import Compare
+from .evidence import Expected, Found, ModuleRef, kind_of
+
+_LICENCES = {
+    "nvidia": ("NVIDIA", "Dual MIT/GPL"),
+    "nvidia-modeset": ("NVIDIA", "Dual MIT/GPL"),
+    "nvidia-drm": ("MIT", "Dual MIT/GPL"),
+    "nvidia-peermem": ("Linux-OpenIB", "Dual BSD/GPL"),
+    "nvidia-uvm": ("Dual MIT/GPL", "Dual MIT/GPL"),
+}
+"""Licence that the vendor gives each module: proprietary, open."""
+
+
+@pytest.mark.check("modules.present")
+def test_present(module: ModuleRef, found: Found, expected: Expected, compare: Compare) -> None:
+    node = found.rootfs.nodes.get(f"{expected.set_folder}/{module}")
+    compare(kind_of(node), "a file")
+    assert node
+    compare(node.size > 0, True, "it is empty")
+
+
+@pytest.mark.check("modules.types")
+def test_types(module_type: ModuleType, found: Found, expected: Expected, compare: Compare) -> None:
+    """A type is there whole, or absent by a rule of the plan that the image repeats."""
+    folder = f"{expected.set_folder}/{module_type}"
+    there = [node.path.removeprefix(f"{folder}/") for node in found.rootfs.below(folder)]
+    reason = found.rootfs.nodes.get(f"{folder}.absent")
+    planned = module_type in expected.plan.modules
+    compare(
+        {"modules": sorted(there), "absent": reason.read().decode() if reason else None},
+        {
+            "modules": sorted(f"{name}.ko" for name in MODULES) if planned else [],
+            "absent": None if planned else f"{expected.plan.absent[module_type]}\n",
+        },
+    )
+
+
+@pytest.mark.check("modules.kernel-build")
+@pytest.mark.parametrize("fact", ["release", "package"])
+def test_kernel_build(fact: str, found: Found, expected: Expected, compare: Compare) -> None:
+    """The files by which the installer finds the modules of the running kernel's build."""
+    wanted: str = getattr(expected.plan.kernel.build, fact)
+    compare(found.file(f"{expected.set_folder}/{fact}").read().decode(), f"{wanted}\n")
+
+
+@pytest.mark.check("modules.unexpected")
+def test_unexpected(found: Found, expected: Expected, compare: Compare) -> None:
+    plan = expected.plan
+    wanted = {f"{expected.set_folder}/{name}" for name in ("release", "package", *map(str, expected.modules))}
+    wanted |= {f"{expected.set_folder}/{kind}.absent" for kind in plan.absent}
+    there = {node.path for node in found.rootfs.below(paths.MODULES) if not node.is_dir}
+    compare(sorted(there - wanted), [])
+
+
+@pytest.mark.check("modules.vermagic")
+def test_vermagic(module: ModuleRef, found: Found, expected: Expected, compare: Compare) -> None:
+    if expected.subject.vermagic is None:
+        raise InfrastructureError("vermagic", "there is no module to compare with", got=expected.subject.missing)
+    compare(found.module(module).one("vermagic"), expected.subject.vermagic)
+
+
+@pytest.mark.check("modules.version")
+def test_version(module: ModuleRef, found: Found, expected: Expected, compare: Compare) -> None:
+    compare(found.module(module).one("version"), expected.plan.cell.driver)
+
+
+@pytest.mark.check("modules.licence")
+def test_licence(module: ModuleRef, found: Found, compare: Compare) -> None:
+    proprietary, free = _LICENCES[module.name]
+    wanted = free if module.type is ModuleType.OPEN else proprietary
+    compare(found.module(module).info.get("license"), [wanted])
+
+
+@pytest.mark.check("modules.name")
+def test_name(module: ModuleRef, found: Found, compare: Compare) -> None:
+    compare(found.module(module).one("name"), module.name.replace("-", "_"))
+
+
+@pytest.mark.check("modules.machine")
+def test_machine(module: ModuleRef, found: Found, expected: Expected, compare: Compare) -> None:
+    compare(found.module(module).machine, expected.plan.cell.arch.elf_machine)
+
+
+@pytest.mark.check("modules.stripped")
+def test_stripped(module: ModuleRef, found: Found, compare: Compare) -> None:
+    """Debug information multiplies the size of an image and serves nobody on a node."""
+    sections = found.module(module).sections
+    compare(sorted(name for name in sections if name.startswith((".debug_", ".rela.debug_"))), [])
+
+
+@pytest.mark.check("modules.firmware")
+def test_firmware(module: ModuleRef, found: Found, compare: Compare) -> None:
+    """What a module asks the kernel for is where the installer points the kernel to; nvidia.ko cannot do without."""
+    declared = found.module(module).info.get("firmware", ())
+    if module.name == "nvidia":
+        compare(bool(declared), True, "nvidia.ko declares no firmware")
+    lacking = []
+    for name in declared:
+        node = found.rootfs.resolve(f"lib/firmware/{name}", paths.DRIVER_ROOT)
+        if node is None or not node.is_file or not node.size:
+            lacking.append(name)
+    compare(lacking, [], "the driver root lacks declared firmware, or has it empty")
+
+
+@pytest.mark.check("modules.imports")
+def test_imports(module: ModuleRef, found: Found, compare: Compare) -> None:
+    """Kernel or siblings export every symbol; a module that needs none has been damaged."""
+    imports = found.module(module).imports
+    compare(bool(imports), True, "it imports nothing")
+    compare(sorted(imports - found.lent(module).keys()), [], "nobody exports these symbols")
+
+
+@pytest.mark.check("modules.crcs")
+def test_crcs(module: ModuleRef, found: Found, expected: Expected, compare: Compare) -> None:
+    """The module was compiled against the very declarations that kernel and siblings export."""
+    reads, lent = found.module(module), found.lent(module)
+    if not expected.plan.kernel.build.modversions:
+        compare(dict(reads.versions), {}, "the kernel has no CRCs to compare with")
+        return
+    known = {name: crc for name, crc in reads.versions.items() if name in lent}
+    compare(bool(known), True, "it has no CRC of any exported symbol")
+    compare(
+        {name: f"{crc:#010x}" for name, crc in known.items() if crc != lent[name].crc},
+        {},
+        "these symbols are not the kernel's, or not the sibling's",
+    )
+
+
+@pytest.mark.check("modules.versions")
+def test_versions(module: ModuleRef, found: Found, expected: Expected, compare: Compare) -> None:
+    """Each import has a CRC. The kernel loads a module without any, with a taint: only reading finds that out."""
+    reads = found.module(module)
+    wanted = {*reads.imports, LAYOUT_SYMBOL} if expected.plan.kernel.build.modversions else set()
+    compare(bool(wanted), expected.plan.kernel.build.modversions)
+    compare(sorted(wanted - reads.versions.keys()), [], "no CRC")
+
+
+@pytest.mark.check("modules.gpl-only")
+def test_gpl_only(module: ModuleRef, found: Found, compare: Compare) -> None:
+    """No module imports what its licence, or that of a sibling it imports from, forbids: it would never load."""
+    reads, lent = found.module(module), found.lent(module)
+    reason = kmod.tainted(found.siblings(module.type)).get(module.name)
+    used = {name for name in kmod.imported(reads) if name in lent and lent[name].gpl}
+    compare(sorted(used) if reason else [], [], f"GPL-only symbols; {reason}")
+
+
+@pytest.mark.check("modules.namespaces")
+def test_namespaces(module: ModuleRef, found: Found, compare: Compare) -> None:
+    reads, lent = found.module(module), found.lent(module)
+    compare(
+        {
+            name: lent[name].namespace
+            for name in sorted(kmod.imported(reads) & lent.keys())
+            if not kmod.admits(lent[name].namespace, reads, module.name)
+        },
+        {},
+        "symbols of namespaces that it does not declare",
+    )
+
+
+@pytest.mark.check("modules.depends")
+def test_depends(module: ModuleRef, found: Found, compare: Compare) -> None:
+    """It names the modules that it imports from: by that the installer loads them first."""
+    reads, lent = found.module(module), found.lent(module)
+    lenders = {lent[name].module for name in kmod.imported(reads) & lent.keys()} - {"vmlinux"}
+    named = {name for value in reads.info.get("depends", ()) for name in value.split(",") if name}
+    compare({name.replace("-", "_") for name in named}, {name.replace("-", "_") for name in lenders})
+
+
+@pytest.mark.check("modules.mode")
+def test_mode(module: ModuleRef, found: Found, expected: Expected, compare: Compare) -> None:
+    compare(oct(stat.S_IMODE(found.file(f"{expected.set_folder}/{module}").mode)), oct(0o644))

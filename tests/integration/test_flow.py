@@ -1,0 +1,187 @@
+"""One cell from Debian's archive to a verified image, as a user runs it; then again, killed, moved and broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from builds import compile as compiling
+from builds import engine as engines
+from builds import oci
+from builds.model import MODULES, ModuleType
+from builds.record import Record
+
+from .conftest import ROOT, Built, Cli, environment
+
+
+def test_the_default_cell_has_both_module_types(built: Built) -> None:
+    assert set(built.plan.modules) == set(ModuleType)
+    for module_type in ModuleType:
+        folder = built.out / "modules" / module_type
+        assert {path.name for path in folder.iterdir()} == {
+            *(f"{name}.ko" for name in MODULES),
+            "build.log",
+            "made.json",
+        }
+        log = (folder / "build.log").read_text()
+        assert f'nox -s "build-driver({built.cell})"' in log.splitlines()[0]
+
+
+def test_the_plan_says_what_the_image_was_made_of(built: Built, builds: Cli) -> None:
+    done = builds("plan", "--json", str(built.cell))
+    assert done.returncode == 0, done.stderr
+    (said,) = json.loads(done.stdout)
+    left = json.loads((built.out / "plan.json").read_text())
+    assert said == left
+    assert said["kernel"]["build"]["release"].endswith("-cloud-amd64")
+    assert said["package"]["name"] == "NVIDIA-Linux-x86_64-550.163.01.run"
+    assert str(built.cache.root) not in done.stdout, "a plan is the same on every machine: it names no folder"
+
+
+def test_the_engine_has_the_image_under_all_of_its_tags(built: Built) -> None:
+    assert len(built.plan.names) == 3, "tag and alias of a lab release are spelled alike"
+    ids = {built.engine.client.images.get(name).id for name in built.plan.names}
+    assert len(ids) == 1
+
+
+def test_a_second_build_is_up_to_date(built: Built, builds: Cli) -> None:
+    done = builds("build", str(built.cell))
+    assert done.returncode == 0, done.stderr
+    assert "up to date" in done.stderr
+    assert "compile" not in done.stderr
+
+
+def test_verify_passes_and_leaves_a_record(built: Built, builds: Cli) -> None:
+    done = builds("verify", str(built.cell))
+    assert done.returncode == 0, done.stderr + done.stdout
+    record = Record.read(built.out / "record.json")
+    assert record.passed
+    assert record.digest == built.image.digest
+    assert {check.outcome for check in record.checks} == {"passed"}
+    assert (built.out / "junit.xml").is_file()
+
+
+def test_an_image_made_elsewhere_is_verified_by_its_layout_alone(built: Built, builds: Cli, tmp_path: Path) -> None:
+    done = builds("verify", "--image", f"oci:{built.out / 'image'}:{built.plan.names[0]}", "--out-dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr + done.stdout
+    (left,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert Record.read(left / "record.json").cell == str(built.cell)
+
+
+def test_a_type_that_a_rule_leaves_out_is_absent_and_the_rest_is_verified(built_with_rule: Built, builds: Cli) -> None:
+    assert set(built_with_rule.plan.modules) == {ModuleType.PROPRIETARY}
+    assert "pci_resize_resource" in built_with_rule.plan.absent[ModuleType.OPEN]
+    assert not built_with_rule.plan.addressable
+    done = builds("verify", str(built_with_rule.cell))
+    assert done.returncode == 0, done.stderr + done.stdout
+
+
+def test_cells_of_one_driver_share_base_and_user_space(built: Built, built_with_rule: Built) -> None:
+    one, other = ([layer.descriptor.digest for layer in of.image.layers] for of in (built, built_with_rule))
+    assert one[:2] == other[:2]
+    assert one[2] != other[2]
+
+
+def test_a_failed_compile_is_the_compilers_first_error(built: Built, tmp_path: Path) -> None:
+    """The rule's reason is true: without the rule, the build of the type ends with just that error."""
+    log = (built.out / "modules" / "open" / "build.log").read_text()
+    assert "error:" not in compiling.first_error(log)
+    broken = "  CC [M]  x.o\n/src/x.c:1:2: error: too few arguments to function 'f'\nmake: *** [y] Error 1\n"
+    assert compiling.first_error(broken) == "/src/x.c:1:2: error: too few arguments to function 'f'"
+
+
+STEPS = (
+    "ask Debian's archive",
+    "kmodbuild image",
+    "driver package",
+    "unpack driver package",
+    "compile open",
+    "pack user space",
+    "pack modules",
+    "assemble image",
+    "load into engine",
+)
+"""Titles at which a run is killed, in the order in which a build from nothing comes to them."""
+
+
+def test_killed_in_each_step_it_ends_well_and_in_the_same_digest(built: Built, tmp_path: Path) -> None:
+    """An empty cache, another folder, and SIGKILL again and again: the image is the same to the bit."""
+    folders = {"CACHE_DIR": str(tmp_path / "cache"), "OUT_DIR": str(tmp_path / "out")}
+    command = [sys.executable, "-m", "builds", "build", str(built.cell)]
+    reached = [title for title in STEPS if _killed_at(title, command, environment(**folders))]
+    assert set(reached) == set(STEPS), "a step that no run comes to is not tested"
+    done = subprocess.run(command, cwd=ROOT, env=environment(**folders), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    image = oci.find_image(tmp_path / "out" / str(built.cell) / "image", built.plan.names[0])
+    assert image.digest == built.image.digest
+    oci.check_blobs(image)
+    left = [path for path in (tmp_path / "cache").rglob("*.part*") if path.exists()]
+    assert left == [], "what killed runs left is gone"
+    engines.connect()
+    labelled = engines.connect().client.containers.list(all=True, filters={"label": engines.LABEL})
+    assert labelled == [], "containers of killed runs are gone"
+
+
+def _killed_at(title: str, command: list[str], env: dict[str, str]) -> bool:
+    """Start a run and kill it in the step of that title; whether it came there."""
+    with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr
+        for line in run.stderr:
+            if line.startswith(f"  {title}") and line.rstrip().endswith("…"):
+                time.sleep(1.0)  # well into the step
+                os.kill(run.pid, signal.SIGKILL)
+                run.wait()
+                return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "status", "said"),
+    [
+        (["build", "550.163.02-debian12-amd64-cloud"], {}, 2, "nearest: 550.163.01-debian12-amd64-cloud"),
+        (["build", "nonsense"], {}, 2, "is not a cell id"),
+        (["list"], {"GL_VERSION": "1877.4"}, 2, "nearest: 1877.3"),
+        (["build"], {"JOBS": "many"}, 2, "JOBS"),
+        (["build"], {"NVIDIA_BASE_URL": "/nonexistent"}, 2, "is not in /nonexistent"),
+        (["build"], {"GL_REGISTRY": "127.0.0.1:9/nothing"}, 5, "cannot be reached"),
+        (["build"], {"NVIDIA_BASE_URL": "http://127.0.0.1:9/tesla"}, 5, "cannot be downloaded"),
+        (["build"], {"DOCKER_HOST": "unix:///nonexistent.sock"}, 5, "nox -s setup"),
+        (["verify", "--image", "oci:/nonexistent"], {}, 2, "is not an OCI image layout"),
+    ],
+)
+def test_what_cannot_be_done_is_said_with_its_exit_status(
+    arguments: list[str], env: dict[str, str], status: int, said: str, built: Built, builds: Cli
+) -> None:
+    done = builds(*arguments, env=env)
+    assert done.returncode == status, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_driver_package_is_refused_and_the_good_one_kept(built: Built, builds: Cli, tmp_path: Path) -> None:
+    damaged = tmp_path / built.plan.package.name
+    data = bytearray(built.inputs.package.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    done = builds("build", str(built.cell), env={"NVIDIA_BASE_URL": str(tmp_path), "OUT_DIR": str(tmp_path / "out")})
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / str(built.cell) / "image").exists()
+
+
+def test_modules_carried_in_the_output_folder_are_packed_without_the_cache(built: Built, tmp_path: Path) -> None:
+    """The driver stage on one machine, the image stage on another, ``out/`` between them."""
+    from builds.cache import Cache
+
+    carried, key = built.out / "modules" / "open", built.plan.modules[ModuleType.OPEN]
+    cache = Cache(tmp_path)
+    assert compiling.adopt(key, carried, cache)
+    assert cache.find("modules", key)
+    assert not compiling.adopt("another key", carried, cache)
