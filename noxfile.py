@@ -19,7 +19,12 @@ except ImportError as error:
 
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["build", "verify"]
-SCRIPTS = ("builds/compile.sh", "builds/installer/nvidia-driver", ".ci/run")
+SCRIPTS = (
+    "builds/compile.sh",
+    "builds/installer/nvidia-driver",
+    *map(str, Path("builds/installer").glob("*.sh")),
+    ".ci/run",
+)
 nox.options.default_venv_backend = "none"
 
 

@@ -16,8 +16,11 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from .errors import HarnessError
+
+_LOG_WIDTH = 120  # columns of a table in a log, which has no edge of its own
 
 Advance = Callable[[int], None]
 """Told how much more of a piece of work is done."""
@@ -36,11 +39,16 @@ class Step:
         self.outcome = outcome
 
 
+def _console() -> Console:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(stderr=True, highlight=False, soft_wrap=True, width=_LOG_WIDTH)
+
+
 @dataclass
 class Reporter:
     """Where a run reports to. Passed to whatever has something to say; there is no global one."""
 
-    console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, soft_wrap=True))
+    console: Console = field(default_factory=_console)
     steps: list[Step] = field(default_factory=list)
 
     @property
@@ -118,12 +126,12 @@ class Reporter:
 
     def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print a table."""
-        table = Table(title=title, title_justify="left", title_style="bold")
+        table = Table(title=Text(title, "bold"), title_justify="left")
         for name in header:
             table.add_column(name, overflow="fold")
         for row in rows:
-            table.add_row(*row)
-        self.console.print(table, markup=False)
+            table.add_row(*map(Text, row))
+        self.console.print(table)
 
 
 _PLAIN_INTERVAL = 20.0  # seconds between two lines where no bar can be drawn

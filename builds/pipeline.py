@@ -188,27 +188,34 @@ def cell_of(names: Iterable[str]) -> Cell:
 
 def summary(runs: Iterable[Run], report: Reporter) -> None:
     """Print what came of each cell: digest, size, time per step, checks passed."""
-    rows = []
+    rows, images = [], []
     for run in runs:
-        phases = _phases(run)
-        steps = [f"{step['title']} {human_time(step['seconds'])}" for phase in phases.values() for step in phase]
+        took = {step["title"]: step["seconds"] for steps in _phases(run).values() for step in steps}
         image = oci.find_image(run.layout, arch=run.cell.arch) if (run.layout / "oci-layout").is_file() else None
-        checks = "not verified"
-        if (run.out / RECORD).is_file():
-            record = Record.read(run.out / RECORD)
-            stale = image is None or record.digest != image.digest
-            passed = sum(check.outcome == "passed" for check in record.checks)
-            checks = "not verified" if stale else f"{passed} of {len(record.checks)} passed"
         rows.append(
             (
                 run.cell.id,
-                image.digest if image else "no image",
+                image.digest[:19] if image else "no image",
                 human_size(image.size) if image else "",
-                "\n".join(steps) or "up to date",
-                checks,
+                "\n".join(took),
+                "\n".join(map(human_time, took.values())),
+                _checks(run, image),
             )
         )
-    report.table("Summary", ("cell", "digest", "size", "time per step", "checks"), rows)
+        if image:
+            images.append(f"oci:{run.layout}  {image.digest}")
+    report.table("Summary", ("cell", "digest", "size", "step", "time", "checks"), rows)
+    for line in images:
+        report.say(line)
+
+
+def _checks(run: Run, image: Image | None) -> str:
+    """What the record says of an image; a record of another image says nothing."""
+    if image is None or not (run.out / RECORD).is_file():
+        return "not verified"
+    record = Record.read(run.out / RECORD)
+    passed = sum(check.outcome == "passed" for check in record.checks)
+    return f"{passed} of {len(record.checks)} passed" if record.digest == image.digest else "not verified"
 
 
 def clean(settings: Settings, *, everything: bool, report: Reporter) -> None:

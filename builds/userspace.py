@@ -37,7 +37,7 @@ def selection(tree: Path, arch: Arch) -> tuple[Placed, ...]:
 def layer(plan: Plan, tree: Path, cache: Cache, report: Reporter) -> StoredLayer:
     """The user space as a layer; packed if no earlier run did."""
     return layers.stored(
-        f"pack user space {plan.cell.driver}",
+        "pack user space",
         plan.userspace,
         lambda: _entries(selection(tree, plan.cell.arch), tree),
         cache,

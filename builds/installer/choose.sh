@@ -7,16 +7,16 @@
 # release name apart.
 choose_set() (
     known='' same=''
-    for set in "$1"/*/; do
-        [ -r "$set/release" ] && [ -r "$set/package" ] || continue
-        release=$(cat "$set/release")
-        package=$(cat "$set/package")
+    for folder in "$1"/*/; do
+        [ -r "$folder/release" ] && [ -r "$folder/package" ] || continue
+        release=$(cat "$folder/release")
+        package=$(cat "$folder/package")
         known="${known:+$known, }$release ($package)"
         [ "$release" = "$2" ] || continue
         same=yes
         case " $3 " in
             *" $package "*)
-                printf '%s\n' "${set%/}"
+                printf '%s\n' "${folder%/}"
                 return
                 ;;
             *) ;;

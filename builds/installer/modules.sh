@@ -55,7 +55,7 @@ load_needed() {
     for name in $(printf '%s\n' "$2" | tr , ' '); do
         case $name in nvidia | nvidia[-_]*) continue ;; *) ;; esac
         answer=$(nsenter -t 1 -m -- modprobe "$name" 2>&1) ||
-            die "the kernel's module $name, which $1 needs, cannot be loaded ($answer): dmesg of the node has the reason"
+            die "the kernel's module $name, which $1 needs, cannot be loaded ($answer): dmesg of the node tells why"
     done
 }
 

@@ -33,6 +33,13 @@ start_services() {
     if [ -n "$(gpu_minors "$PROC_FOLDER")" ] && [ -x "$DRIVER_FOLDER/usr/bin/nvidia-persistenced" ]; then
         SERVICES='persistenced'
     fi
+    case $(pci_devices "$SYS_FOLDER") in
+        *switch*)
+            warn 'this node has NVSwitches, but this image no fabric manager yet:' \
+                'GPUs that are joined by the switches will not run CUDA'
+            ;;
+        *) ;;
+    esac
     for service in $SERVICES; do
         "start_$service"
     done
@@ -42,7 +49,10 @@ start_services() {
 # alive for twenty minutes.
 check_driver() {
     if [ -z "$(gpu_minors "$PROC_FOLDER")" ]; then
-        log 'the driver has taken on no GPU: nvidia-smi is not asked'
+        case $(pci_devices "$SYS_FOLDER") in
+            *gpu*) die 'the driver has taken on none of the GPUs: lines of NVRM in dmesg of the node tell why' ;;
+            *) log 'there is no GPU: nvidia-smi is not asked' ;;
+        esac
         return
     fi
     answer=$(vendor nvidia-smi 2>&1) ||

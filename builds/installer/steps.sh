@@ -40,7 +40,8 @@ begin() {
     [ -r "$RELEASE_FILE" ] || die "this image has no $RELEASE_FILE: use an undamaged image"
     # shellcheck source=/dev/null
     . "$RELEASE_FILE"
-    [ -d "$STATE_FOLDER" ] || mkdir -m 0700 "$STATE_FOLDER" || die "$STATE_FOLDER cannot be made: mount the host's /run/nvidia, writable"
+    [ -d "$STATE_FOLDER" ] || mkdir -m 0700 "$STATE_FOLDER" ||
+        die "$STATE_FOLDER cannot be made: mount the host's /run/nvidia, writable"
     exec 9>"$STATE_FOLDER/lock"
     flock -n 9 || die 'another nvidia-driver is at work on this node: stop its pod first'
     undo_earlier_run
@@ -49,7 +50,7 @@ begin() {
 undo_earlier_run() {
     if [ -s "$JOURNAL" ]; then
         log 'undoing what an earlier run left'
-        undo_changes || die_in_use 'what an earlier run left cannot be undone'
+        undo_changes || die "what an earlier run left cannot be undone$(left_advice)"
     fi
     found=$(loaded_modules)
     [ -z "$found" ] ||
@@ -58,11 +59,11 @@ undo_earlier_run() {
 
 install_driver() {
     trap 'finish $?' EXIT
-    set=$(choose_set "$MODULE_FOLDER" "$(uname -r)" "$(cat "$PROC_FOLDER/version")") || die "$set"
+    kernel=$(choose_set "$MODULE_FOLDER" "$(uname -r)" "$(cat "$PROC_FOLDER/version")") || die "$kernel"
     type=$(requested_type "${KERNEL_MODULE_TYPE-}" "${OPEN_KERNEL_MODULES_ENABLED-}") || die "$type"
     [ "$type" != auto ] || decide_type
-    modules=$(choose_modules "$set" "$type") || die "$modules"
-    log "driver $DRIVER_VERSION, $type modules, ${set##*/}"
+    modules=$(choose_modules "$kernel" "$type") || die "$modules"
+    log "driver $DRIVER_VERSION, $type modules, ${kernel##*/}"
     report_status NotReady
     mount_root
     set_firmware_path
@@ -126,18 +127,22 @@ finish() {
     explain "$status"
     stop_services || :
     undo_changes || {
+        left="not everything could be undone$(left_advice)"
         if [ "$status" -eq 0 ]; then
+            complain "$left"
             status=1
-            (die_in_use 'not everything could be undone') || :
+        else
+            warn "$left"
         fi
     }
     exit "$status"
 }
 
-# die_in_use WHAT
-die_in_use() {
+# left_advice: why changes were left after undo_changes, and what to do
+left_advice() {
     if [ -n "$MODULES_IN_USE" ]; then
-        die "$1, in use are $MODULES_IN_USE: end the pods that use the GPUs, then delete this pod"
+        printf ', in use are %s: end the pods that use the GPUs, then delete this pod' "$MODULES_IN_USE"
+    else
+        printf ': the warnings above say why; reboot the node if they persist'
     fi
-    die "$1: the warnings above say why; reboot the node if they persist"
 }

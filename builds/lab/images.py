@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -121,10 +122,9 @@ def _run(
     arguments: Sequence[str], temporary: Path, log: Path, recipe: ImageRecipe, progress: Callable[[int], None]
 ) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as out:
-        out.write(f"{' '.join(arguments)}\n")
-        out.flush()
-        process = subprocess.Popen(
+    with (
+        log.open("w") as out,
+        subprocess.Popen(
             arguments,
             env=commands.environment(TMPDIR=str(temporary), SOURCE_DATE_EPOCH=str(oci.EPOCH), TZ="UTC"),
             stdin=subprocess.DEVNULL,
@@ -132,8 +132,11 @@ def _run(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-        )
+            umask=0o022,
+        ) as process,
+    ):
         assert process.stdout
+        out.write(f"{shlex.join(arguments)}\n")
         try:
             for line in process.stdout:
                 out.write(line)
@@ -141,9 +144,8 @@ def _run(
                     progress(1)
         except BaseException:
             process.kill()
-            process.wait()
             raise
-        status = process.wait()
+    status = process.returncode
     if status:
         said = log.read_text(errors="replace")
         # the packages are proven, so what is left to blame is the machine, or packages that do not go together

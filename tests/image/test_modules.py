@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 
 import pytest
@@ -82,6 +83,18 @@ def test_licence(module: ModuleRef, found: Found, compare: Compare) -> None:
     proprietary, free = _LICENCES[module.name]
     wanted = free if module.type is ModuleType.OPEN else proprietary
     compare(found.module(module).info.get("license"), [wanted])
+
+
+@pytest.mark.check("modules.source")
+def test_source(module: ModuleRef, found: Found, expected: Expected, compare: Compare) -> None:
+    """It was compiled from its own type's sources, as the paths in its messages show (nvidia-peermem has none).
+
+    The licences alone do not tell one nvidia-uvm from the other.
+    """
+    data = found.file(f"{expected.set_folder}/{module}").read()
+    folders = {match.decode() for match in re.findall(rb"/src/(kernel[a-z-]*)/", data)}
+    wanted = {module.type.source_folder} if module.name != "nvidia-peermem" else set()
+    compare(folders, wanted)
 
 
 @pytest.mark.check("modules.name")

@@ -463,8 +463,9 @@ def test_what_cannot_be_undone_is_warned_of_and_kept_in_the_journal(node: Node) 
     done = node.run("init")
     assert done.returncode == 1
     errors = done.stderr.splitlines()
-    assert [line.split(":")[1] for line in errors] == [" error", " warning"]
+    assert [line.split(":")[1] for line in errors] == [" error", " warning", " warning"]
     assert "nvidia-drm cannot be unloaded" in errors[1]
+    assert "not everything could be undone: the warnings above say why" in errors[2]
     assert node.mounts == 0
     assert node.journal == "module nvidia-drm\n"
     node.refuse()
@@ -882,7 +883,17 @@ def test_without_a_gpu_nothing_is_started_for_one(node: Node) -> None:
     process = node.start()
     until_ready(process)
     assert node.calls() == [call.replace(" -c 255 -c 0", " -c 255") for call in LOADING]
-    assert stop(process)[0] == 0
+    status, _, err = stop(process)
+    assert status == 0
+    assert "warning: this node has NVSwitches, but this image no fabric manager yet" in err
+    assert node.changes() == {}
+
+
+def test_gpus_that_the_driver_does_not_take_on_end_init(node: Node) -> None:
+    node.gpus()
+    done = node.run("init")
+    assert done.returncode == 1
+    assert "the driver has taken on none of the GPUs" in one_error(done)
     assert node.changes() == {}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+
 from builds import kmod
 from builds.errors import BuildError
 from builds.kmod import Export, Module
@@ -93,7 +94,8 @@ def module(
     }
     if versions is not None:
         sections["__versions"] = b"".join(version(name, crc) for name, crc in versions.items())
-    symbols: list[Symbol] = [(name, None, 0, GLOBAL) for name in imports] + [(name, None, 0, WEAK) for name in weak]
+    symbols: list[Symbol] = [(name, None, 0, GLOBAL) for name in imports]
+    symbols += [(name, None, 0, WEAK) for name in weak]
     strings = b""
     for suffix, gpl in (("", False), ("_gpl", True)):
         mine = [export for export in exports if export[2] is gpl]

@@ -53,31 +53,24 @@ def make(cells: Iterable[Cell], bases: Iterable[tuple[str, Arch]], cache: Cache,
     with locked(folder / "make", lambda: report.say("  another run makes lab inputs; waiting for it …")):
         for left in sorted((folder / "parts").glob("*.part")):
             remove(left)  # by a run that was killed
-        archives = {
-            (part.recipe.suite, part.recipe.arch): Archive(
-                folder / "apt" / f"{part.recipe.suite}-{part.recipe.arch}", part.recipe.suite, part.recipe.arch
-            )
-            for part in parts
-        }
-        unasked: dict[tuple[str, Arch], InfrastructureError] = {}
-        for where, archive in archives.items():
-            components = next(p.recipe.components for p in parts if (p.recipe.suite, p.recipe.arch) == where)
+        archives = {part.archive: _archive(part, folder / "apt") for part in parts}
+        unasked: dict[str, InfrastructureError] = {}
+        for name, archive in archives.items():
             with report.step(f"ask Debian's archive about {archive.suite}") as step:
                 try:
-                    archive.update(components)
+                    archive.update(next(part.recipe.components for part in parts if part.archive == name))
                     step.note("lists are up to date")
                 except InfrastructureError as error:
                     step.note("it cannot be asked")
-                    unasked[where] = error
+                    unasked[name] = error
         for part in parts:
-            where = (part.recipe.suite, part.recipe.arch)
             with report.step(part.title) as step:
-                if reason := unasked.get(where):
+                if reason := unasked.get(part.archive):
                     if not part.is_current(cache):
                         raise _unreachable(part, reason)
                     step.note("kept as it is")
                     continue
-                _make(part, archives[where], cache, report, step)
+                _make(part, archives[part.archive], cache, report, step)
 
 
 @dataclass(frozen=True)
@@ -99,6 +92,11 @@ class _Part:
         if isinstance(self.recipe, ImageRecipe):
             return f"{self.recipe.kind} image {self.recipe.arch}-{self.recipe.gl}"
         return f"driver package {self.recipe.version} for {self.recipe.arch}"
+
+    @property
+    def archive(self) -> str:
+        """The name of the archive's lists that it is resolved with."""
+        return "-".join((self.recipe.suite, self.recipe.arch, *self.recipe.components))
 
     @property
     def commands(self) -> tuple[str, ...]:
@@ -152,7 +150,7 @@ class _Part:
         layout, name = self.layout(cache)
         try:
             image = oci.find_image(layout, name, self.recipe.arch)
-        except HarnessError:
+        except (HarnessError, OSError, ValueError):  # no layout, or a damaged one
             return False
         blobs = [oci.blob_path(layout, layer.descriptor.digest) for layer in image.layers]
         return image.digest == record["output"] and all(blob.is_file() for blob in blobs)
@@ -166,6 +164,10 @@ def _parts(cells: Iterable[Cell], bases: Iterable[tuple[str, Arch]]) -> tuple[_P
     wanted += [recipes.image("base", gl, arch) for gl, arch in sorted(set(bases))]
     wanted += [recipes.driver(version, arch) for version, arch in sorted({(c.driver, c.arch) for c in cells})]
     return tuple(map(_Part, wanted))
+
+
+def _archive(part: _Part, folder: Path) -> Archive:
+    return Archive(folder / part.archive, part.recipe.suite, part.recipe.arch)
 
 
 def _make(part: _Part, archive: Archive, cache: Cache, report: Reporter, step: Step) -> None:
