@@ -20,7 +20,7 @@ from rich.text import Text
 
 from .errors import HarnessError
 
-_LOG_WIDTH = 120  # columns of a table in a log, which has no edge of its own
+_LOG_WIDTH = 140  # columns of a table in a log, which has no edge of its own
 
 Advance = Callable[[int], None]
 """Told how much more of a piece of work is done."""

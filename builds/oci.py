@@ -363,7 +363,10 @@ def _manifests(layout: Path, entries: Iterable[Descriptor]) -> Iterator[Descript
 
 
 def _index(layout: Path) -> list[Descriptor]:
-    document = json.loads((layout / "index.json").read_bytes())
+    try:
+        document = json.loads((layout / "index.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"oci:{layout}", "has no readable index.json", got=str(error)) from error
     return [Descriptor.from_json(entry) for entry in document["manifests"]]
 
 

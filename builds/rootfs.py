@@ -123,8 +123,11 @@ def open_rootfs(image: oci.Image, scratch: Path | None = None) -> Iterator[RootF
         nodes: dict[str, Node] = {}
         for number, layer in enumerate(image.layers):
             tar = Path(folder) / f"{number}.tar"
-            with disk_errors("layer", tar), oci.open_layer(image.layout, layer.descriptor) as stream:
-                _spill(stream, tar)
+            if layer.descriptor.digest == layer.diff_id:  # it lies there uncompressed
+                tar = oci.blob_path(image.layout, layer.diff_id)
+            else:
+                with disk_errors("layer", tar), oci.open_layer(image.layout, layer.descriptor) as stream:
+                    _spill(stream, tar)
             _apply(nodes, tar, number)
         yield RootFs(nodes)
 

@@ -43,10 +43,10 @@ def image(reference: str, arch: Arch, cache: Cache, report: Reporter) -> oci.Ima
 
 
 def split_layout(text: str) -> tuple[Path, str | None]:
-    """Folder and name of ``<folder>[:<name>]``; a folder whose own name has a colon must exist to be understood."""
-    folder, colon, name = text.rpartition(":")
-    if not colon or Path(text).is_dir():
-        return Path(text).expanduser().absolute(), None
+    """Folder and name of ``<folder>[:<name>]``. Either may have colons of its own: the layout that exists counts."""
+    parts = text.split(":")
+    splits = [(":".join(parts[:end]), ":".join(parts[end:]) or None) for end in range(1, len(parts) + 1)]
+    folder, name = next((split for split in splits if (Path(split[0]) / "oci-layout").is_file()), splits[0])
     return Path(folder).expanduser().absolute(), name
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -84,6 +85,8 @@ class Subject:
     """Name of the image in the engine."""
     missing: str
     """Why ``vermagic`` or ``loaded`` is missing."""
+    groups: tuple[str, ...]
+    """Groups of checks to run."""
     private: tuple[str, ...]
     """Paths of this machine, which no image may mention."""
     scratch: Path
@@ -101,7 +104,7 @@ class Subject:
             **document,
             "plan": Plan.from_json(document["plan"]),
             **{name: Path(document[name]) for name in ("layout", "symvers", "tree", "scratch")},
-            **{name: tuple(document[name]) for name in ("names", "base", "private")},
+            **{name: tuple(document[name]) for name in ("names", "base", "groups", "private")},
         }
         return cls(**values)
 
@@ -124,11 +127,13 @@ def run(
     report: Reporter,
     repeat: str,
     names: Sequence[str] | None = None,
+    groups: Sequence[str] = GROUPS,
 ) -> Record:
     """Hold an image against a plan; leaves ``record.json``, ``junit.xml`` and ``logs/verify.log`` in ``out``.
 
     ``names`` are the full names under which the image was found; None: those that its layout gives it, and then all
-    names of the plan must be there. Without an engine the checks that run something are not run, which is no pass.
+    names of the plan must be there. Without an engine the checks that run something are not run, nor are those that
+    are not in ``groups``; a check that was not run is no pass.
     Raises, after the record is written, VerificationError where a check failed, and InfrastructureError where none
     failed but not all could be run.
     """
@@ -139,8 +144,31 @@ def run(
     (out / "logs").mkdir(parents=True, exist_ok=True)
     for stale in ("record.json", "junit.xml"):
         (out / stale).unlink(missing_ok=True)
-    subject = _subject(plan, inputs, image, engine, cache, out, report, names)
-    with report.step("verify") as step:
+    missing: list[str] = []
+    vermagic = None
+    try:
+        vermagic = reference(plan, inputs, engine=engine, cache=cache, report=report).one("vermagic")
+    except InfrastructureError as error:
+        missing.append(_first_line(error))
+    tree = compiling.driver_tree(plan, inputs, cache, report)
+    with _in_engine(engine, image, report, missing) as loaded, report.step("verify") as step:
+        subject = Subject(
+            layout=image.layout.absolute(),
+            digest=image.digest,
+            names=tuple(names if names is not None else oci.names_of(image.layout, image.digest)),
+            complete=names is None,
+            plan=plan,
+            symvers=inputs.symvers.absolute(),
+            tree=tree.absolute(),
+            base=tuple(layer.diff_id for layer in inputs.base.layers),
+            vermagic=vermagic,
+            engine=engine.url if engine else None,
+            loaded=loaded,
+            missing="; ".join(missing),
+            groups=tuple(groups),
+            private=tuple(sorted({str(path.absolute()) for path in (PROJECT, cache.root, out, inputs.package.parent)})),
+            scratch=(cache.root / "tmp").absolute(),
+        )
         checks = _checks(subject, out / "logs" / LOG, engine, report)
         record = Record(
             digest=image.digest,
@@ -270,61 +298,44 @@ def _judge(record: Record) -> None:
         )
 
 
-def _subject(
-    plan: Plan,
-    inputs: Inputs,
-    image: oci.Image,
-    engine: Engine | None,
-    cache: Cache,
-    out: Path,
-    report: Reporter,
-    names: Sequence[str] | None,
-) -> Subject:
-    missing: list[str] = []
-    vermagic, loaded = None, None
-    try:
-        vermagic = reference(plan, inputs, engine=engine, cache=cache, report=report).one("vermagic")
-    except InfrastructureError as error:
-        missing.append(str(error).partition("\n")[0])
-    found = tuple(names if names is not None else oci.names_of(image.layout, image.digest))
+@contextmanager
+def _in_engine(engine: Engine | None, image: oci.Image, report: Reporter, missing: list[str]) -> Iterator[str | None]:
+    """What the engine calls the image: its id, or where it has none yet a name to load it under meanwhile.
+
+    Never one of the names it came with: they may be what is wrong with it. None where there is no engine, or it
+    does not take the image; ``missing`` is told why.
+    """
+    name = f"gardenlinux-nvidia-builds/verify:{image.digest[7:19]}"
     if engine is None:
         missing.append("no container engine answers")
-    else:
-        try:
-            loaded = _load(engine, image, report)
-        except InfrastructureError as error:
-            missing.append(str(error).partition("\n")[0])
-    return Subject(
-        layout=image.layout.absolute(),
-        digest=image.digest,
-        names=found,
-        complete=names is None,
-        plan=plan,
-        symvers=inputs.symvers.absolute(),
-        tree=compiling.driver_tree(plan, inputs, cache, report).absolute(),
-        base=tuple(layer.diff_id for layer in inputs.base.layers),
-        vermagic=vermagic,
-        engine=engine.url if engine else None,
-        loaded=loaded,
-        missing="; ".join(missing),
-        private=tuple(sorted({str(place.absolute()) for place in (PROJECT, cache.root, out, inputs.package.parent)})),
-        scratch=(cache.root / "tmp").absolute(),
-    )
+        yield None
+        return
+    if _has(engine, image.config_descriptor.digest):
+        yield image.config_descriptor.digest
+        return
+    try:
+        engines.load(engine, image, [name], report)
+    except InfrastructureError as error:
+        missing.append(_first_line(error))
+        yield None
+        return
+    try:
+        yield name
+    finally:
+        with suppress(DockerException, requests.RequestException):
+            engine.client.images.remove(name, force=True)
 
 
-def _load(engine: Engine, image: oci.Image, report: Reporter) -> str:
-    """What the engine calls the image: its id, or where it has none yet a name of its digest, to load it under.
-
-    Never one of the names it came with: they may be what is wrong with it.
-    """
-    identity = image.config_descriptor.digest
+def _has(engine: Engine, identity: str) -> bool:
     try:
         engine.client.images.get(identity)
     except (DockerException, requests.RequestException):
-        name = f"gardenlinux-nvidia-builds/verify:{image.digest[7:19]}"
-        engines.load(engine, image, [name], report)
-        return name
-    return identity
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _checks(subject: Subject, log: Path, engine: Engine | None, report: Reporter) -> tuple[CheckResult, ...]:
@@ -380,7 +391,7 @@ def _command(folder: Path, events: int) -> list[str]:
     return [
         *(sys.executable, "-m", "pytest", str(suites)),
         *("-c", str(suites / "pytest.ini"), "--rootdir", ".", "--confcutdir", str(suites)),
-        *("-p", "no:cacheprovider", "-p", "testinfra.plugin", "--basetemp", str(folder / "tmp")),
+        *("-p", "no:cacheprovider", "--basetemp", str(folder / "tmp")),
         *("--subject", str(folder / "subject.json"), "--events", str(events), "--parent", str(os.getpid())),
     ]
 
@@ -388,7 +399,7 @@ def _command(folder: Path, events: int) -> list[str]:
 def _environment(engine: Engine | None) -> dict[str, str]:
     """The environment of the checks: nothing in it that would change pytest, and the engine that we use ourselves."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    ours = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    ours = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     if engine:
         ours |= {"DOCKER_HOST": engine.url, "CONTAINER_HOST": engine.url}
     return kept | ours

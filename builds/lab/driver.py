@@ -11,13 +11,14 @@ import lzma
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from posixpath import basename, normpath
 from typing import IO
 
 from ..cache import remove
+from ..console import Reporter
 from ..errors import BuildError
 from . import package
 from .apt import Package, file_name
@@ -50,21 +51,25 @@ def build(
     packages: Sequence[Package],
     pool: Path,
     folder: Path,
-    progress: Callable[[int], None],
+    report: Reporter,
 ) -> None:
     """Write the driver package to ``folder`` under the vendor's name.
 
-    ``progress`` is told bytes of content as they are packed. Raises BuildError for a file that no rule places,
-    for two files in one place, and for a damaged package.
+    Raises BuildError for a file that no rule places, for two files in one place, and for a damaged package.
     """
     tree = folder / "tree"
     tree.mkdir()
     lines: dict[str, Line] = {}
-    for one in packages:
-        for line in _collect(one, pool / file_name(one), recipe, tree):
-            if lines.setdefault(line.path, line) is not line:
-                raise BuildError(one.name, "brings a file that another package brought", got=line.path)
-    package.write(tree, recipe.version, recipe.arch, tuple(lines.values()), folder / package_name(recipe), progress)
+    with report.bytes(f"unpack {len(packages)} packages", sum(one.size for one in packages)) as advance:
+        for one in packages:
+            for line in _collect(one, pool / file_name(one), recipe, tree):
+                if lines.setdefault(line.path, line) is not line:
+                    raise BuildError(one.name, "brings a file that another package brought", got=line.path)
+            advance(one.size)
+    size = sum(path.stat().st_size for path in tree.rglob("*") if path.is_file())
+    with report.bytes("pack the driver tree", size) as advance:
+        target = folder / package_name(recipe)
+        package.write(tree, recipe.version, recipe.arch, tuple(lines.values()), target, advance)
     remove(tree)
 
 

@@ -189,8 +189,7 @@ def _make(part: _Part, archive: Archive, cache: Cache, report: Reporter, step: S
             with report.units("set up packages", len(packages)) as advance:
                 images.build(part.recipe, packages, pool, folder, log, advance)
         else:
-            with report.bytes("pack the driver tree", None) as advance:
-                driver.build(part.recipe, packages, pool, folder, advance)
+            driver.build(part.recipe, packages, pool, folder, report)
 
     folder, _ = cache.make("lab/parts", key, build)
     output, size = _publish(part, folder, cache)

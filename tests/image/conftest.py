@@ -20,13 +20,14 @@ from typing import Any
 
 import pytest
 
-from builds.errors import HarnessError, Kind
+from builds.errors import BuildError, HarnessError, Kind
 from builds.model import ModuleType
+from builds.oci import Image
 from builds.record import CheckResult, Outcome
 from builds.rootfs import open_rootfs
 from builds.verify import Subject
 
-from .evidence import Expected, Found
+from .evidence import UNREADABLE, Expected, Found
 from .inside import Inside, open_inside
 
 _PR_SET_PDEATHSIG = 1
@@ -92,6 +93,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(name, values, ids=[str(getattr(value, "dest", value)) for value in values])
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    groups = config.stash[_EXPECTED].subject.groups
+    chosen = [item for item in items if _name(item)[0].partition(".")[0] in groups]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     names = [_name(item) for item in session.items]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -152,10 +160,19 @@ def subject(expected: Expected) -> Subject:
 
 
 @pytest.fixture(scope="session")
-def found(expected: Expected) -> Iterator[Found]:
+def image(subject: Subject) -> Image:
+    """The image, by its manifest and config."""
+    return subject.image
+
+
+@pytest.fixture(scope="session")
+def found(image: Image, expected: Expected) -> Iterator[Found]:
     """What the image holds."""
-    image = expected.subject.image
-    with open_rootfs(image, expected.subject.scratch) as rootfs:
+    with contextlib.ExitStack() as stack:
+        try:
+            rootfs = stack.enter_context(open_rootfs(image, expected.subject.scratch))
+        except UNREADABLE as error:
+            raise BuildError("image", "its layers cannot be read", got=f"{type(error).__name__}: {error}") from error
         yield Found(image, rootfs, expected)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import tarfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -21,6 +22,9 @@ from builds.model import MODULES, ModuleType
 from builds.plan import Plan
 from builds.rootfs import Node, RootFs
 from builds.verify import Subject
+
+UNREADABLE = (tarfile.TarError, zstandard.ZstdError, zlib.error, EOFError, OSError)
+"""What a damaged layer makes its readers raise."""
 
 _X11 = "VDPAU decodes for an X client, which brings X11 itself"
 _MAY_LACK = {
@@ -217,6 +221,6 @@ def _layer_facts(image: oci.Image, layer: oci.Layer) -> LayerFacts:
                 members = tuple(archive)
             while hashing.read(CHUNK):
                 pass
-    except (tarfile.TarError, EOFError, zstandard.ZstdError, OSError) as error:
+    except UNREADABLE as error:
         raise BuildError(f"layer {layer.descriptor.digest}", "cannot be read", got=str(error)) from error
     return LayerFacts(f"sha256:{hashing.hash.hexdigest()}", members)

@@ -18,9 +18,8 @@ _OURS = (paths.DRIVER_ROOT, paths.MODULES, paths.INSTALLER)
 
 
 @pytest.mark.check("layers.blobs")
-def test_blobs(found: Found, compare: Compare) -> None:
+def test_blobs(image: oci.Image, compare: Compare) -> None:
     """Manifest, config and layers have the bytes and the sizes that whoever refers to them says."""
-    image = found.image
     blobs = [image.descriptor, image.config_descriptor, *(layer.descriptor for layer in image.layers)]
     wanted = {blob.digest: blob.size for blob in blobs}
     have = {}

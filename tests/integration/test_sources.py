@@ -43,10 +43,10 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def registry(built: Built, storage: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def registry(storage: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Debian's docker-registry, unpacked and started; nothing is installed."""
     folder = tmp_path_factory.mktemp("registry")
-    archive = Archive(built.cache.root / "lab" / "apt" / "bookworm-amd64", "bookworm", Arch.AMD64)
+    archive = Archive(folder / "apt", "bookworm", Arch.AMD64)
     archive.update(["main"])
     packages = archive.named(["docker-registry"])
     archive.download(packages, folder / "pool", lambda _: None)

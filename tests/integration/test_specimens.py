@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from builds import oci, verify
+from builds import oci, paths, verify
 from builds.cache import remove
+from builds.engine import Engine
 from builds.errors import InfrastructureError, VerificationError
 from builds.oci import Image
 from builds.record import Outcome, Record
 
 from .conftest import Built
-from .specimens import SPECIMENS, Draft, Sound, Specimen, damage_layer, thaw
+from .specimens import ROOT, SPECIMENS, Draft, Sound, Specimen, damage_layer, swap_text, thaw
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,20 @@ class Bench:
     sound: Sound
     folder: Path
 
-    def verify(self, image: Image) -> Record:
-        """The record of an image. Nothing is run in a container."""
+    def verify(self, image: Image, *groups: str, engine: Engine | None = None) -> Record:
+        """The record of an image held against groups of checks, or all; without an engine nothing is run in it."""
         out = self.folder / "out"
         with pytest.raises((VerificationError, InfrastructureError)):
             verify.run(
                 self.built.plan,
                 self.built.inputs,
                 image,
-                engine=None,
+                engine=engine,
                 cache=self.built.cache,
                 out=out,
                 report=self.built.report,
                 repeat="pytest tests/integration/test_specimens.py",
+                groups=groups or verify.GROUPS,
             )
         return Record.read(out / "record.json")
 
@@ -73,7 +75,7 @@ def test_the_sound_image_passes_all_but_what_must_run(bench: Bench) -> None:
 def test_a_specimen_is_refused(specimen: Specimen, bench: Bench, layout: Path) -> None:
     draft = Draft(bench.sound)
     specimen.spoil(draft)
-    record = bench.verify(draft.write(layout))
+    record = bench.verify(draft.write(layout), specimen.check.partition(".")[0])
     refusing = {check.object for check in record.of(Outcome.FAILED) if check.id == specimen.check}
     assert refusing, f"{specimen.check} lets it pass; what fails: {sorted(failed(record))}"
     assert specimen.thing in refusing or specimen.thing == "*"
@@ -102,3 +104,41 @@ def test_a_missing_blob_is_refused(bench: Bench, layout: Path) -> None:
     record = bench.verify(image)
     assert "layers.blobs" in failed(record)
     assert not {check.group for check in record.of(Outcome.PASSED)} & {"modules", "driver-root"}
+
+
+def test_an_image_that_runs_nothing_is_not_passed(bench: Bench, layout: Path) -> None:
+    """Without a shell no command can be run: not run, with a reason, is what that is."""
+    draft = Draft(bench.sound)
+    draft.put("usr/bin/.wh.sh", b"")
+    record = bench.verify(draft.write(layout), "runtime", engine=bench.built.engine)
+    told = {check.message for check in record.checks if check.group == "runtime"}
+    assert {check.outcome for check in record.checks} == {Outcome.NOT_RUN}
+    assert len(told) == 1
+    assert "runs no command" in told.pop()
+
+
+def test_tools_that_lack_a_library_or_a_symbol_are_found_by_running_them(bench: Bench, layout: Path) -> None:
+    draft = Draft(bench.sound)
+    libraries = draft.libraries.removeprefix(f"{ROOT}/")
+    version = bench.built.plan.cell.driver
+    draft.delete(f"{draft.libraries}/libnvidia-ml.so.1")
+    draft.edit(f"{draft.libraries}/libnvidia-encode.so.{version}", swap_text(b"libnvcuvid.so.1", b"libnvcuvid.so.9"))
+    record = bench.verify(draft.write(layout), "runtime", engine=bench.built.engine)
+    assert failed(record) == {
+        "runtime.tools[nvidia-smi]",
+        "runtime.tools[nvidia-debugdump]",
+        "runtime.loads[usr/bin/nvidia-debugdump]",
+        f"runtime.loads[{libraries}/libnvidia-encode.so.{version}]",
+    }
+    names = [tag for image in bench.built.engine.client.images.list() for tag in image.tags]
+    assert not [name for name in names if "/verify:" in name], "an image loaded for its checks goes when they are done"
+
+
+def test_a_container_that_goes_away_proves_nothing(bench: Bench, layout: Path) -> None:
+    """An entry point that ends whatever runs in its container."""
+    draft = Draft(bench.sound)
+    draft.edit(paths.ENTRYPOINT, lambda _: b"#!/bin/sh\nkill -9 -1\n")
+    record = bench.verify(draft.write(layout), "runtime", engine=bench.built.engine)
+    gone = {check.id for check in record.of(Outcome.NOT_RUN) if "is gone" in check.message}
+    assert "runtime.help" in gone
+    assert "runtime.refuses" not in {check.id for check in record.of(Outcome.PASSED)}

@@ -1,0 +1,192 @@
+"""The verdict: what a run of the checks amounts to, and the record of it. No check is run here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builds import verify
+from builds.errors import InfrastructureError, VerificationError
+from builds.record import CheckResult, Outcome, Record, counts, junit
+from builds.verify import GROUPS, conclude, trouble
+
+ALL = [(f"{group}.check", "") for group in GROUPS]
+
+
+def result(check: str, outcome: Outcome = Outcome.PASSED, thing: str = "") -> CheckResult:
+    return CheckResult(check, thing, outcome, 1, 1, "", 0.5)
+
+
+def passed(*names: tuple[str, str]) -> dict[tuple[str, str], CheckResult]:
+    return {(check, thing): result(check, thing=thing) for check, thing in names}
+
+
+def record(*checks: CheckResult, **more: Any) -> Record:
+    values: dict[str, Any] = {
+        "digest": "sha256:" + "a" * 64,
+        "size": 12,
+        "names": ("reg/img:1",),
+        "cell": "550.163.01-debian12-amd64-cloud",
+        "plan": {"image": "key"},
+        "checks": checks,
+        "tools": {"python": "3"},
+        "repeat": "nox -s verify",
+    }
+    return Record(**{**values, **more})
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_whole_run_has_no_trouble(status: int) -> None:
+    assert trouble(status) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        (2, "interrupted"),
+        (3, "failed within"),
+        (4, "called wrongly"),
+        (5, "no check was collected"),
+        (9, "status 9"),
+        (-9, "SIGKILL"),
+        (-15, "SIGTERM"),
+    ],
+)
+def test_pytests_own_statuses_are_never_a_pass(status: int, says: str) -> None:
+    why = trouble(status)
+    assert why
+    assert says in why
+    results = conclude(ALL, passed(*ALL), status)
+    assert not record(*results).passed
+    assert any(says in check.message for check in results)
+
+
+def test_all_passed_is_a_pass() -> None:
+    results = conclude(ALL, passed(*ALL), 0)
+    assert [check.id for check in results] == [check for check, _ in ALL]
+    assert record(*results).passed
+
+
+def test_zero_collected_is_no_pass_whatever_pytest_says() -> None:
+    for status in (0, 1, 5):
+        results = conclude([], {}, status)
+        assert {check.outcome for check in results} == {Outcome.NOT_RUN}
+        assert not record(*results).passed
+
+
+def test_a_group_without_checks_is_no_pass() -> None:
+    some = ALL[1:]
+    missing = [check for check in conclude(some, passed(*some), 0) if check.outcome is Outcome.NOT_RUN]
+    assert [check.id for check in missing] == [f"{GROUPS[0]}.any"]
+
+
+def test_what_was_collected_but_not_reported_was_not_run() -> None:
+    results = conclude(ALL, passed(*ALL[:-1]), -9)
+    assert results[-1].outcome is Outcome.NOT_RUN
+    assert "SIGKILL" in results[-1].message
+
+
+def test_a_failure_that_no_check_reported_is_no_pass() -> None:
+    assert not record(*conclude(ALL, passed(*ALL), 1)).passed
+
+
+def test_no_checks_are_no_pass() -> None:
+    assert not record().passed
+
+
+def test_a_record_survives_the_disk(tmp_path: Path) -> None:
+    made = record(
+        result("modules.vermagic", thing="open/nvidia.ko"),
+        CheckResult("tags.expected", "", Outcome.FAILED, ["a"], {"b": None}, "not so \x01", 0.25),
+        CheckResult("runtime.tools", "nvidia-smi", Outcome.NOT_RUN, None, None, "no engine", 0.0),
+    )
+    made.write(tmp_path)
+    assert Record.read(tmp_path / "record.json") == made
+    assert not made.passed
+    root = ET.parse(tmp_path / "junit.xml").getroot()
+    cases = {(case.get("classname"), case.get("name")): [child.tag for child in case] for case in root.iter("testcase")}
+    assert cases == {
+        ("modules", "vermagic[open/nvidia.ko]"): [],
+        ("tags", "expected"): ["failure"],
+        ("runtime", "tools[nvidia-smi]"): ["error"],
+    }
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["junit.xml", "record.json"]
+
+
+def test_junit_counts_each_group() -> None:
+    made = record(result("modules.a"), result("modules.b", Outcome.FAILED), result("tags.c", Outcome.NOT_RUN))
+    suites = {suite.get("name"): suite.attrib for suite in ET.fromstring(junit(made)).iter("testsuite")}
+    assert suites["modules"]["tests"] == "2"
+    assert suites["modules"]["failures"] == "1"
+    assert suites["tags"]["errors"] == "1"
+    assert [(c.group, c.passed, c.failed, c.not_run, c.seconds) for c in counts(made.checks)] == [
+        ("modules", 1, 1, 0, 1.0),
+        ("tags", 0, 0, 1, 0.5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"passed": False}, "verdict does not follow"),
+        ({"digest": "latest"}, "not a verification record"),
+        ({"checks": [{"id": "x"}]}, "not a verification record"),
+        ({"extra": 1}, "not a verification record"),
+        ({"checks": []}, "verdict does not follow"),
+    ],
+)
+def test_a_record_that_was_tampered_with_is_refused(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    document = json.loads(json.dumps(record(result("a.b")).to_json()))
+    assert Record.from_json(document).passed
+    (tmp_path / "record.json").write_text(json.dumps({**document, **change}))
+    with pytest.raises(VerificationError, match=says):
+        Record.read(tmp_path / "record.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+def test_what_is_no_record_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text(text)
+    with pytest.raises(VerificationError, match="record"):
+        Record.read(tmp_path / "record.json")
+
+
+def test_failed_is_told_from_not_run() -> None:
+    made = record(result("a.b", Outcome.FAILED), result("c.d", Outcome.NOT_RUN))
+    with pytest.raises(VerificationError, match=r"1 of 2 checks failed, 1 were not run.*got a\.b"):
+        verify._judge(made)
+    with pytest.raises(InfrastructureError, match=r"1 of 1 checks were not run, which is not a pass"):
+        verify._judge(record(result("c.d", Outcome.NOT_RUN)))
+    verify._judge(record(result("c.d")))
+
+
+def test_the_suites_refuse_to_run_by_themselves() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(verify.SUITES)],
+        cwd=verify.PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 4
+    assert "nox -s verify" in done.stderr
+
+
+def test_what_would_change_pytest_does_not_reach_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-k nothing")
+    monkeypatch.setenv("PYTEST_PLUGINS", "mine")
+    assert {name for name in verify._environment(None) if name.startswith("PYTEST")} == {
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD"
+    }
+
+
+def test_a_check_has_name_and_group() -> None:
+    check = dataclasses.replace(result("modules.vermagic"), object="open/nvidia.ko")
+    assert (check.group, check.name) == ("modules", "modules.vermagic[open/nvidia.ko]")
+    assert result("config.os").name == "config.os"
