@@ -11,17 +11,21 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from .errors import BuildError, InfrastructureError
 
 CHUNK = 1 << 20
+_SCRATCH = "nvidia-builds-"  # and the process that made the folder
 
 
 def key_of(**parts: object) -> str:
@@ -64,7 +68,7 @@ def disk_errors(subject: str, place: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             fact, hint = (
                 "the disk is full",
-                "free some space, or name another place with CACHE_DIR or OUT_DIR",
+                "free some space, or name another place with CACHE_DIR, OUT_DIR or TMPDIR",
             )
         elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             fact, hint = "cannot be written", "name a writable place with CACHE_DIR or OUT_DIR"
@@ -99,6 +103,18 @@ def publish(folder: Path, make: Callable[[Path], None]) -> Path:
             remove(temporary)
             raise
     return folder
+
+
+@contextmanager
+def scratch(place: Path) -> Iterator[Path]:
+    """A temporary folder below ``place``, named after this process; removes those of processes that are gone."""
+    place.mkdir(parents=True, exist_ok=True)
+    for left in place.iterdir():
+        maker = re.match(rf"{_SCRATCH}(\d+)-", left.name)
+        if maker and not psutil.pid_exists(int(maker[1])):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-", dir=place) as folder:
+        yield Path(folder)
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

@@ -70,7 +70,7 @@ class Matrix:
             if (other.gl, other.arch, other.flavor, other.driver_major)
             == (cell.gl, cell.arch, cell.flavor, cell.driver_major)
         ]
-        return max(rivals, key=Version) == cell.driver
+        return max((cell.driver, *rivals), key=Version) == cell.driver
 
 
 @functools.cache

@@ -7,7 +7,7 @@ what makes a repeated run short.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,17 +120,7 @@ def verify_cell(run: Run) -> Record:
     """Prove the cell's image right; builds first what the plan lacks. Raises VerificationError where it is not."""
     with _phase(run, "verify"):
         made, inputs, image = _build(run)
-        return verify.run(
-            made,
-            inputs,
-            image,
-            engine=_engine_if_any(run),
-            cache=run.cache,
-            out=run.out,
-            report=run.report,
-            repeat=f'nox -s "verify({run.cell})"',
-            names=made.names,
-        )
+        return _verify(run, made, inputs, image, run.out, f'nox -s "verify({run.cell})"')
 
 
 def verify_image(reference: str, cell: Cell | None, options: Mapping[str, str], report: Reporter) -> Record:
@@ -147,17 +137,8 @@ def verify_image(reference: str, cell: Cell | None, options: Mapping[str, str], 
     out = run.settings.out_dir / f"image-{image.digest[7:19]}"
     make_inputs([run], refresh=False)
     made, inputs = plan(run)
-    return verify.run(
-        made,
-        inputs,
-        image,
-        engine=_engine_if_any(run),
-        cache=run.cache,
-        out=out,
-        report=report,
-        repeat=f"nox -s verify -- --image {reference} --cell {run.cell}",
-        names=names,
-    )
+    repeat = f"nox -s verify -- --image {reference} --cell {run.cell}"
+    return _verify(run, made, inputs, image, out, repeat, None if text.startswith("oci:") else names)
 
 
 def cell_of(names: Iterable[str]) -> Cell:
@@ -287,6 +268,22 @@ def _image(run: Run, made: Plan, inputs: Inputs) -> Image:
         image = packing.assemble(made, inputs.base, packed, modules, run.layout, run.cache, run.report)
     _load(run, image, made)
     return image
+
+
+def _verify(
+    run: Run, made: Plan, inputs: Inputs, image: Image, out: Path, repeat: str, names: Sequence[str] | None = None
+) -> Record:
+    return verify.run(
+        made,
+        inputs,
+        image,
+        engine=_engine_if_any(run),
+        cache=run.cache,
+        out=out,
+        report=run.report,
+        repeat=repeat,
+        names=names,
+    )
 
 
 def _load(run: Run, image: Image, made: Plan) -> None:

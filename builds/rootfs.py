@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from . import oci
-from .cache import CHUNK, disk_errors
+from .cache import CHUNK, disk_errors, scratch
 from .errors import BuildError
 
 _MAX_LINKS = 40  # as the kernel's MAXSYMLINKS
@@ -115,14 +115,12 @@ class RootFs:
 
 
 @contextmanager
-def open_rootfs(image: oci.Image, scratch: Path | None = None) -> Iterator[RootFs]:
-    """The file system of an image; its layers lie uncompressed in a temporary folder below ``scratch`` meanwhile."""
-    if scratch:
-        scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="rootfs-", dir=scratch) as folder:
+def open_rootfs(image: oci.Image, place: Path | None = None) -> Iterator[RootFs]:
+    """The file system of an image; its layers lie uncompressed in a temporary folder below ``place`` meanwhile."""
+    with scratch(place or Path(tempfile.gettempdir())) as folder:
         nodes: dict[str, Node] = {}
         for number, layer in enumerate(image.layers):
-            tar = Path(folder) / f"{number}.tar"
+            tar = folder / f"{number}.tar"
             if layer.descriptor.digest == layer.diff_id:  # it lies there uncompressed
                 tar = oci.blob_path(image.layout, layer.diff_id)
             else:

@@ -13,7 +13,6 @@ import platform
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from docker.errors import DockerException
 from . import __version__, kmod, oci
 from . import compile as compiling
 from . import engine as engines
-from .cache import Cache, disk_errors, key_of, recipe
+from .cache import Cache, disk_errors, key_of, recipe, write_atomically
 from .console import Reporter
 from .engine import Engine
 from .errors import BuildError, InfrastructureError, VerificationError
@@ -94,7 +93,7 @@ class Subject:
     def write(self, path: Path) -> None:
         """Write the subject to a file."""
         document = {**asdict(self), "plan": self.plan.to_json()}
-        path.write_text(json.dumps(document, default=str))
+        write_atomically(path, json.dumps(document, default=str))
 
     @classmethod
     def read(cls, path: Path) -> Subject:
@@ -264,10 +263,9 @@ def conclude(
         why = "something besides the checks failed"
     results = [done.get(each) or _not_run(*each, why or "the run of the checks ended before it") for each in collected]
     results += [check for each, check in done.items() if each not in collected]
-    groups = {check.group for check in results}
-    results += [
-        _not_run(f"{group}.any", "", why or "there is no such check") for group in GROUPS if group not in groups
-    ]
+    there = {check.group for check in results}
+    none = "none was run"
+    results += [_not_run(f"{group}.any", "", why or none) for group in GROUPS if group not in there]
     if why and all(check.outcome is Outcome.PASSED for check in results):
         results.append(_not_run("run.complete", "", why))
     return results
@@ -342,13 +340,14 @@ def _checks(subject: Subject, log: Path, engine: Engine | None, report: Reporter
     """Run the suites in a process of their own, which reports each outcome as it comes through a pipe."""
     collected: list[tuple[str, str]] = []
     done: dict[tuple[str, str], CheckResult] = {}
-    with tempfile.TemporaryDirectory(prefix="verify-") as folder, disk_errors("verify", log.parent):
-        subject.write(Path(folder) / "subject.json")
+    with disk_errors("verify", log.parent):
+        described = log.with_name("subject.json")
+        subject.write(described)
         reader, writer = os.pipe()
         with os.fdopen(reader, encoding="utf-8") as events, log.open("wb") as output:
             try:
                 child = subprocess.Popen(
-                    _command(Path(folder), writer),
+                    _command(described, writer),
                     cwd=PROJECT,
                     env=_environment(engine),
                     stdin=subprocess.DEVNULL,
@@ -385,14 +384,14 @@ def _events(stream: Any) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _command(folder: Path, events: int) -> list[str]:
+def _command(subject: Path, events: int) -> list[str]:
     """How pytest is called: with the suites' own configuration, and no plugin but those named."""
     suites = SUITES.relative_to(PROJECT)
     return [
         *(sys.executable, "-m", "pytest", str(suites)),
         *("-c", str(suites / "pytest.ini"), "--rootdir", ".", "--confcutdir", str(suites)),
-        *("-p", "no:cacheprovider", "--basetemp", str(folder / "tmp")),
-        *("--subject", str(folder / "subject.json"), "--events", str(events), "--parent", str(os.getpid())),
+        *("-p", "no:cacheprovider", "--subject", str(subject.absolute())),
+        *("--events", str(events), "--parent", str(os.getpid())),
     ]
 
 

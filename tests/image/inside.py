@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from builds.errors import InfrastructureError
 from builds.verify import Subject
 
 _PATIENCE = 30  # seconds that a command may take
+
+_SETTLE = 0.5  # seconds within which the engine notices that a container has ended
 
 ENDED = (124, 125, 126, 127, 137)
 """Statuses of a command that never started, or did not end in time."""
@@ -45,9 +48,11 @@ class Inside:
 
     def run(self, *command: str, env: dict[str, str] | None = None) -> Said:
         """Run a command, ended after a while. Raises InfrastructureError where the container is not there any more."""
-        words = [f"{name}={shlex.quote(value)}" for name, value in (env or {}).items()]
-        words += ["timeout", "-k", "1", str(_PATIENCE), *map(shlex.quote, command)]
-        result = self.host.run(" ".join(words))
+        variables = [f"{name}={value}" for name, value in (env or {}).items()]
+        words = ["timeout", "-k", "1", str(_PATIENCE), "env", *variables, *command]
+        result = self.host.run(shlex.join(words))
+        if result.rc in ENDED:
+            time.sleep(_SETTLE)
         self.container.reload()
         if self.container.status != "running":
             raise InfrastructureError("container", "is gone", got=self.container.status)

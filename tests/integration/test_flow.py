@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from builds import compile as compiling
 from builds import engine as engines
-from builds import oci
+from builds import matrix, oci
+from builds import plan as planning
+from builds.cache import Cache
+from builds.errors import BuildError
 from builds.model import MODULES, ModuleType
 from builds.record import Record
 
@@ -89,55 +93,81 @@ def test_cells_of_one_driver_share_base_and_user_space(built: Built, built_with_
     assert one[2] != other[2]
 
 
-def test_a_failed_compile_is_the_compilers_first_error(built: Built, tmp_path: Path) -> None:
-    """The rule's reason is true: without the rule, the build of the type ends with just that error."""
-    log = (built.out / "modules" / "open" / "build.log").read_text()
-    assert "error:" not in compiling.first_error(log)
-    broken = "  CC [M]  x.o\n/src/x.c:1:2: error: too few arguments to function 'f'\nmake: *** [y] Error 1\n"
-    assert compiling.first_error(broken) == "/src/x.c:1:2: error: too few arguments to function 'f'"
+def test_the_reason_of_the_rule_is_true_and_a_failed_compile_says_it(built_with_rule: Built, tmp_path: Path) -> None:
+    """Without the rule, the type is compiled, and ends with the very error that the rule gives as its reason."""
+    of = built_with_rule
+    plan = planning.make(
+        of.cell,
+        replace(matrix.matrix_of(of.cell), rules=()),
+        kernel=of.plan.kernel,
+        kmodbuild=of.plan.kmodbuild,
+        base=of.plan.base,
+        package=of.plan.package,
+        image_path=of.plan.image_path,
+    )
+    with pytest.raises(BuildError) as caught:
+        compiling.modules(
+            plan,
+            of.inputs,
+            ModuleType.OPEN,
+            engine=of.engine,
+            cache=of.cache,
+            jobs=2,
+            logs=tmp_path,
+            report=of.report,
+        )
+    said = str(caught.value)
+    assert "error: too few arguments to function 'pci_resize_resource'" in said
+    assert "too few arguments to function 'pci_resize_resource'" in of.plan.absent[ModuleType.OPEN]
+    assert f"the log: {tmp_path / 'compile-open.log'}" in said
+    assert f'repeat: nox -s "build-driver({of.cell})"' in said
+    assert of.cache.find("modules", plan.modules[ModuleType.OPEN]) is None
 
 
-STEPS = (
-    "ask Debian's archive",
-    "kmodbuild image",
-    "driver package",
-    "unpack driver package",
-    "compile open",
-    "pack user space",
-    "pack modules",
-    "assemble image",
-    "load into engine",
-)
-"""Titles at which a run is killed, in the order in which a build from nothing comes to them."""
+STEPS = {
+    "ask Debian's archive": 0.2,
+    "kmodbuild image": 5.0,
+    "driver package": 5.0,
+    "read kernel": 0.5,
+    "unpack driver package": 1.0,
+    "compile open": 12.0,
+    "compile proprietary": 3.0,
+    "pack user space": 1.0,
+    "pack modules": 0.5,
+    "assemble image": 0.0,
+    "load into engine": 1.0,
+    "verify": 1.5,
+}
+"""Steps in which a run is killed, in their order, each with the seconds that it is given before."""
 
 
 def test_killed_in_each_step_it_ends_well_and_in_the_same_digest(built: Built, tmp_path: Path) -> None:
     """An empty cache, another folder, and SIGKILL again and again: the image is the same to the bit."""
-    folders = {"CACHE_DIR": str(tmp_path / "cache"), "OUT_DIR": str(tmp_path / "out")}
-    command = [sys.executable, "-m", "builds", "build", str(built.cell)]
-    reached = [title for title in STEPS if _killed_at(title, command, environment(**folders))]
-    assert set(reached) == set(STEPS), "a step that no run comes to is not tested"
-    done = subprocess.run(command, cwd=ROOT, env=environment(**folders), capture_output=True, text=True, check=False)
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    env = environment(CACHE_DIR=str(cache), OUT_DIR=str(out))
+    command = [sys.executable, "-m", "builds", "verify", str(built.cell)]
+    reached = [title for title, seconds in STEPS.items() if _killed_in(title, seconds, command, env)]
+    assert reached == list(STEPS), "a step that no run comes to is not tested"
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    image = oci.find_image(tmp_path / "out" / str(built.cell) / "image", built.plan.names[0])
+    image = oci.find_image(out / str(built.cell) / "image", built.plan.names[0])
     assert image.digest == built.image.digest
     oci.check_blobs(image)
-    left = [path for path in (tmp_path / "cache").rglob("*.part*") if path.exists()]
-    assert left == [], "what killed runs left is gone"
-    engines.connect()
+    assert Record.read(out / str(built.cell) / "record.json").passed
+    left = [*cache.glob("*/*.part"), *cache.glob("lab/**/*.part"), *cache.glob("tmp/*"), *out.glob("*/*.part")]
+    assert left == [], "files of killed runs are gone"
     labelled = engines.connect().client.containers.list(all=True, filters={"label": engines.LABEL})
     assert labelled == [], "containers of killed runs are gone"
 
 
-def _killed_at(title: str, command: list[str], env: dict[str, str]) -> bool:
-    """Start a run and kill it in the step of that title; whether it came there."""
+def _killed_in(title: str, seconds: float, command: list[str], env: dict[str, str]) -> bool:
+    """Start a run and kill it some seconds into the step of that title; whether it came there."""
     with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as run:
         assert run.stderr
         for line in run.stderr:
             if line.startswith(f"  {title}") and line.rstrip().endswith("…"):
-                time.sleep(1.0)  # well into the step
+                time.sleep(seconds)
                 os.kill(run.pid, signal.SIGKILL)
-                run.wait()
                 return True
     return False
 
@@ -178,8 +208,6 @@ def test_a_damaged_driver_package_is_refused_and_the_good_one_kept(built: Built,
 
 def test_modules_carried_in_the_output_folder_are_packed_without_the_cache(built: Built, tmp_path: Path) -> None:
     """The driver stage on one machine, the image stage on another, ``out/`` between them."""
-    from builds.cache import Cache
-
     carried, key = built.out / "modules" / "open", built.plan.modules[ModuleType.OPEN]
     cache = Cache(tmp_path)
     assert compiling.adopt(key, carried, cache)

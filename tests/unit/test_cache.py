@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from builds.cache import Cache, copy_checked, disk_errors, key_of, publish, recipe, remove
+from builds.cache import Cache, copy_checked, disk_errors, key_of, publish, recipe, remove, scratch
 from builds.errors import BuildError, InfrastructureError
 
 
@@ -115,3 +115,12 @@ def test_a_changed_cache_entry_is_noticed_when_it_is_copied(tmp_path: Path) -> N
 
 def test_removing_what_is_not_there_is_no_error(tmp_path: Path) -> None:
     remove(tmp_path / "nothing")
+
+
+def test_scratch_folders_of_dead_processes_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    dead, foreign = tmp_path / "nvidia-builds-999999999-x", tmp_path / "999999999-y"
+    dead.mkdir()
+    foreign.mkdir()
+    with scratch(tmp_path) as folder, scratch(tmp_path) as other:
+        assert {dead, folder, other, foreign} & set(tmp_path.iterdir()) == {folder, other, foreign}
+    assert list(tmp_path.iterdir()) == [foreign]

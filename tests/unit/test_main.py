@@ -1,0 +1,64 @@
+"""The command line: exit statuses, no traceback, help for every verb."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from builds import __main__ as cli
+from builds import errors, pipeline
+from builds.errors import BuildError, ConfigurationError, HarnessError, InfrastructureError, VerificationError
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ConfigurationError, 2), (BuildError, 3), (VerificationError, 4), (InfrastructureError, 5)],
+)
+def test_an_error_is_printed_and_its_kind_is_the_exit_status(
+    error: type[HarnessError], status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_arguments: object, **_more: object) -> None:
+        raise error("subject", "fact", got="this", hint="do that", repeat="nox -s x")
+
+    monkeypatch.setattr(pipeline, "start", fail)
+    assert cli.main(["build"]) == status
+    said = capsys.readouterr().err
+    assert "error: subject: fact, got this" in said
+    assert "hint: do that" in said
+    assert "repeat: nox -s x" in said
+
+
+def test_an_interrupted_run_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_arguments: object, **_more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "start", interrupt)
+    assert cli.main(["build"]) == errors.INTERRUPTED
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_failed_cell_does_not_keep_others_from_being_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def fail(cell: object, *_arguments: object) -> None:
+        begun.append(cell)
+        raise BuildError("cell", "is broken")
+
+    monkeypatch.setattr(pipeline, "start", fail)
+    monkeypatch.setenv("GL_VERSION", "debian12,debian13")
+    assert cli.main(["build"]) == 3
+    assert len(begun) == 2
+
+
+def test_help_names_every_verb_and_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--help"])
+    assert ended.value.code == 0
+    verbs = re.findall(r"^    ([a-z-]+)(?: |$)", capsys.readouterr().out, re.MULTILINE)
+    assert {"setup", "lab", "plan", "build-driver", "build-image", "build", "verify", "clean"} <= set(verbs)
+    for verb in verbs:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([verb, "--help"])
+        assert ended.value.code == 0
+        assert "usage: python -m builds" in capsys.readouterr().out

@@ -1,0 +1,144 @@
+"""Plans: keys of just what a step depends on, rules, tags; and back from JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from builds import image, matrix, pipeline
+from builds import plan as planning
+from builds.errors import ConfigurationError
+from builds.kernel import Kernel
+from builds.matrix import Rule
+from builds.model import Arch, Cell, KernelBuild, ModuleType
+from builds.plan import InputImage, InputPackage, Plan
+
+CELL = Cell.parse("570.172.08-1877.3-amd64-cloud")
+KERNEL = Kernel(
+    build=KernelBuild("6.12.44-cloud-amd64", "6.12.44", "6.12.44-3gl0", "d1" * 32, modversions=True),
+    source="/usr/src/linux-headers-6.12.44-common",
+    output="/usr/src/linux-headers-6.12.44-cloud-amd64",
+    compiler={"gcc-14": "14.2.0-19"},
+    drm=False,
+)
+
+
+def make(
+    *,
+    cell: Cell = CELL,
+    kernel: Kernel = KERNEL,
+    base: str = "sha256:ba5e",
+    kmodbuild: str = "sha256:b111d",
+    package: str = "ac" * 32,
+    rules: tuple[Rule, ...] = (),
+) -> Plan:
+    return planning.make(
+        cell,
+        replace(matrix.matrix_of(CELL), rules=rules),
+        kernel=kernel,
+        kmodbuild=InputImage("kmodbuild:amd64-1877.3", kmodbuild),
+        base=InputImage("registry:1877.3", base),
+        package=InputPackage("NVIDIA-Linux-x86_64-570.172.08.run", package, 300),
+        image_path="registry/driver",
+    )
+
+
+def rule(module_type: ModuleType, kernel: str = ">=6.12.40,<6.13") -> Rule:
+    return Rule("==570.*", kernel, module_type, f"no {module_type} here")
+
+
+def test_a_plan_is_what_its_parts_make_it() -> None:
+    assert make() == make()
+
+
+def test_another_release_with_the_same_kernel_build_has_the_same_image() -> None:
+    """The kmodbuild image and the release's name differ; what is in the image does not."""
+    other = make(cell=replace(CELL, gl="1877.4"), kmodbuild="sha256:07e4")
+    assert (other.modules, other.userspace, other.image) == (make().modules, make().userspace, make().image)
+
+
+@pytest.mark.parametrize(
+    ("changed", "modules", "userspace"),
+    [
+        ({"package": "ff" * 32}, True, True),
+        ({"base": "sha256:f00"}, False, False),
+        ({"kernel": replace(KERNEL, build=replace(KERNEL.build, digest="d2" * 32))}, True, False),
+        ({"kernel": replace(KERNEL, compiler={"gcc-14": "14.3.0-1"})}, True, False),
+    ],
+)
+def test_a_key_changes_with_what_its_step_depends_on_only(
+    changed: dict[str, object], modules: bool, userspace: bool
+) -> None:
+    before, after = make(), make(**changed)  # type: ignore[arg-type]
+    assert (before.modules != after.modules) == modules
+    assert (before.userspace != after.userspace) == userspace
+    assert before.image != after.image
+
+
+def test_a_type_that_a_rule_excludes_is_absent_with_the_reason() -> None:
+    plan = make(rules=(rule(ModuleType.OPEN),))
+    assert set(plan.modules) == {ModuleType.PROPRIETARY}
+    assert plan.absent == {ModuleType.OPEN: "no open here"}
+    assert plan.modules[ModuleType.PROPRIETARY] == make().modules[ModuleType.PROPRIETARY]
+    assert plan.image != make().image
+
+
+def test_a_rule_for_another_kernel_does_not_bite() -> None:
+    assert make(rules=(rule(ModuleType.OPEN, ">=6.13"),)).absent == {}
+
+
+def test_a_cell_without_any_type_is_excluded() -> None:
+    with pytest.raises(ConfigurationError, match="is excluded by rules") as caught:
+        make(rules=(rule(ModuleType.OPEN), rule(ModuleType.PROPRIETARY)))
+    assert "no open here" in str(caught.value)
+    assert "no proprietary here" in str(caught.value)
+
+
+def test_a_plan_survives_json() -> None:
+    plan = make(rules=(rule(ModuleType.OPEN),))
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_labels_do_not_name_the_release() -> None:
+    said = json.dumps(image.labels(make()))
+    assert "1877" not in said
+    assert "6.12.44-3gl0" in said
+
+
+def test_the_config_starts_the_installer_and_finds_the_libraries_of_its_architecture() -> None:
+    plan = make(cell=replace(CELL, arch=Arch.ARM64))
+    config = image.config(plan)
+    assert (config["Entrypoint"], config["Cmd"]) == (["/usr/local/bin/nvidia-driver"], ["init"])
+    assert "LD_LIBRARY_PATH=/opt/nvidia/driver/usr/lib/aarch64-linux-gnu" in config["Env"]
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "registry/driver:570.172.08-6.12.44-cloud-amd64-gardenlinux0",
+        "registry/driver:570-6.12.44-cloud-amd64-gardenlinux0",
+        "127.0.0.1:5000/driver:570-6.12.44-cloud-amd64-gardenlinux0",
+    ],
+)
+def test_a_tag_tells_its_cell(tag: str) -> None:
+    assert pipeline.cell_of([tag]) == CELL
+
+
+@pytest.mark.parametrize("tags", [[], ["driver:latest"], ["driver:999-6.12.44-cloud-amd64-gardenlinux0"]])
+def test_a_tag_that_tells_no_cell_is_an_error_that_asks_for_it(tags: list[str]) -> None:
+    with pytest.raises(ConfigurationError, match="--cell"):
+        pipeline.cell_of(tags)
+
+
+def test_only_folders_of_ours_are_emptied(tmp_path: Path) -> None:
+    from builds.console import Reporter
+    from builds.settings import resolve
+
+    (tmp_path / "precious").touch()
+    settings = resolve(environ={"OUT_DIR": str(tmp_path), "CACHE_DIR": str(tmp_path / "none")})
+    with pytest.raises(ConfigurationError, match="was not made by this project"):
+        pipeline.clean(settings, everything=True, report=Reporter())
+    assert (tmp_path / "precious").exists()
