@@ -17,7 +17,7 @@ import requests
 from oras.container import Container
 from oras.provider import Registry
 
-from . import oci
+from . import http, oci
 from .cache import CHUNK, disk_errors, locked
 from .console import Reporter
 from .errors import BuildError, ConfigurationError, InfrastructureError
@@ -65,6 +65,7 @@ def pull(reference: Reference, arch: Arch, layout: Path, report: Reporter) -> oc
     no such image, BuildError where it sends other bytes than the digest promises.
     """
     registry = Registry(hostname=reference.registry, insecure=_is_loopback(reference.registry))
+    http.prepare(registry.session)
     descriptor, manifest = _resolve(registry, reference, arch)
     with locked(layout), disk_errors(str(reference), layout):
         oci.create(layout)
@@ -142,7 +143,9 @@ def _get(registry: Registry, reference: Reference, what: str, headers: dict[str,
     url = f"{registry.prefix}://{reference.registry}/v2/{reference.repository}/{what}"
     try:
         registry.auth.load_configs(container)
-        response: requests.Response = registry.do_request(url, "GET", headers=headers, stream=True)
+        # oras' own retries take two minutes to say that nobody answers; ours are in the session.
+        ask = Registry.do_request.__wrapped__
+        response: requests.Response = ask(registry, url, "GET", headers=headers, stream=True)
     except (requests.RequestException, OSError) as error:
         raise _unreachable(reference, error) from error
     except ValueError as error:  # oras: the registry wants a log-in that the configuration does not have

@@ -11,13 +11,11 @@ from pathlib import Path
 
 import requests
 
-from . import oci, registry, runfile
+from . import http, oci, registry, runfile
 from .cache import CHUNK, Cache, disk_errors, locked
 from .console import Reporter
 from .errors import ConfigurationError, InfrastructureError
 from .model import Arch
-
-_TIMEOUT = 60  # seconds without a byte
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def _download(url: str, target: Path, report: Reporter) -> Path:
             return target
         temporary = target.with_name(target.name + ".part")
         try:
-            with requests.get(url, stream=True, timeout=_TIMEOUT) as response:
+            with http.prepare(requests.Session()) as session, session.get(url, stream=True) as response:
                 if response.status_code == 404:
                     raise ConfigurationError(
                         url, "there is no such driver package", got="404 Not Found", hint="is the version right?"
