@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from . import __version__, errors
 from . import settings as configuration
 from .console import Reporter
-from .errors import HarnessError
+from .errors import HarnessError, InfrastructureError
 from .model import Cell
 
 _EPILOG = """\
@@ -37,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return errors.INTERRUPTED
     except BrokenPipeError:
         return errors.INTERRUPTED
+    except OSError as error:  # whatever no step foresaw of disk, network and engine
+        place = str(error.filename) if error.filename else type(error).__name__
+        report.fail(InfrastructureError(place, error.strerror or str(error), hint="see its settings and permissions"))
+        return int(InfrastructureError.kind)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

@@ -22,7 +22,7 @@ from .cache import Cache, disk_errors, locked, remove, write_atomically
 from .console import Reporter, human_size, human_time
 from .errors import ConfigurationError, InfrastructureError
 from .matrix import Matrix
-from .model import Cell, ModuleType
+from .model import Arch, Cell, ModuleType
 from .oci import Image
 from .plan import Inputs, Plan
 from .record import Record
@@ -72,16 +72,32 @@ def start(cell: Cell, options: Mapping[str, str], report: Reporter) -> Run:
 
 
 def make_inputs(runs: Iterable[Run], *, refresh: bool) -> None:
-    """Make the inputs of lab cells where they are missing, or all of them anew if the archive has newer ones."""
+    """Make the inputs of lab cells where they are missing, or all of them anew if the archive has newer ones.
+
+    Raises ConfigurationError where others than the lab's are to be made anew.
+    """
     for run in runs:
-        if run.matrix.inputs == "lab":
-            bases = [(run.matrix.base[run.cell.arch], run.cell.arch)]
-            if refresh or lab.missing([run.cell], bases, run.cache):
-                lab.make([run.cell], bases, run.cache, run.report)
+        if not _is_lab(run):
+            if refresh:
+                raise ConfigurationError(
+                    f"cell {run.cell}",
+                    "its inputs are not the lab's to make",
+                    got=f"{run.settings.gl_registry} and {run.settings.nvidia_base_url}",
+                    hint="the lab makes those of the cells in builds/lab.yaml",
+                )
+        elif refresh or _missing(run):
+            lab.make([run.cell], _bases(run), run.cache, run.report)
 
 
 def plan(run: Run) -> tuple[Plan, Inputs]:
-    """Resolve and plan a cell."""
+    """Resolve and plan a cell. Raises ConfigurationError where a lab cell's inputs are not made yet."""
+    if _is_lab(run) and (missing := _missing(run)):
+        raise ConfigurationError(
+            f"cell {run.cell}",
+            "its inputs are not made yet, so nothing is known of them",
+            got=f"no {', no '.join(missing)}",
+            hint=f'nox -s "lab({run.cell})" makes them; so does a build',
+        )
     return planning.resolve(run.cell, run.matrix, run.settings, run.cache, run.report)
 
 
@@ -212,6 +228,24 @@ def clean(settings: Settings, *, everything: bool, report: Reporter) -> None:
             for item in folder.iterdir():
                 remove(item)
         report.say(f"emptied {folder}")
+
+
+def _is_lab(run: Run) -> bool:
+    """Whether inputs of the cell are taken from the lab: settings may lead a lab cell elsewhere."""
+    root = run.cache.root
+    settings = run.settings
+    return run.matrix.inputs == "lab" and (
+        settings.gl_registry == f"oci:{lab.images_root(root)}"
+        or settings.nvidia_base_url == str(lab.packages_root(root))
+    )
+
+
+def _bases(run: Run) -> list[tuple[str, Arch]]:
+    return [(run.matrix.base[run.cell.arch], run.cell.arch)]
+
+
+def _missing(run: Run) -> tuple[str, ...]:
+    return lab.missing([run.cell], _bases(run), run.cache)
 
 
 def _planned(run: Run) -> tuple[Plan, Inputs]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +63,20 @@ def test_help_names_every_verb_and_every_verb_has_help(capsys: pytest.CaptureFix
             cli.main([verb, "--help"])
         assert ended.value.code == 0
         assert "usage: python -m builds" in capsys.readouterr().out
+
+
+def test_an_error_of_the_system_that_nobody_foresaw_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OUT_DIR", "/proc/nothing/can/be/here")
+    assert cli.main(["build"]) == 5
+    assert "error: /proc/nothing" in capsys.readouterr().err
+
+
+def test_a_plan_of_a_lab_cell_without_inputs_says_how_to_make_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("OUT_DIR", str(tmp_path / "out"))
+    assert cli.main(["plan"]) == 2
+    assert 'nox -s "lab(550.163.01-debian12-amd64-cloud)"' in capsys.readouterr().err
