@@ -28,21 +28,22 @@ SCRIPTS = (
 nox.options.default_venv_backend = "none"
 
 
-def _cells() -> list[Cell]:
-    """The selected cells, and any cell that the command line names in full, such as ``build(<cell id>)``."""
+def _cells() -> tuple[list[Cell], list[Cell]]:
+    """The cells that the command line names in full, such as ``build(<cell id>)``, and those that are selected."""
     ours = itertools.takewhile(lambda argument: argument != "--", sys.argv[1:])
     named = [found[1] for argument in ours if (found := re.fullmatch(r"[a-z-]+\(([^()]+)\)", argument))]
     try:
-        cells = {Cell.parse(text): None for text in named}
+        cells = [Cell.parse(text) for text in dict.fromkeys(named)]
         for cell in cells:
             matrix.matrix_of(cell)
-        return list({**dict.fromkeys(matrix.select(os.environ)), **cells})
+        return cells, list(matrix.select(os.environ))
     except HarnessError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(int(error.kind))
 
 
-CELLS = _cells()
+NAMED, SELECTED = _cells()
+CELLS = list(dict.fromkeys([*SELECTED, *NAMED]))
 per_cell = nox.parametrize("cell", [nox.param(cell.id, id=cell.id) for cell in CELLS])
 
 
@@ -98,7 +99,7 @@ def verify(session: nox.Session, cell: str) -> None:
     """Prove a cell's image right; -- --image REF for one that is there already."""
     if "--image" not in session.posargs:
         session.notify("summary")
-    elif cell != CELLS[0].id:
+    elif cell != (NAMED or SELECTED)[0].id:
         session.skip("--image names the one image to verify")
     _builds(session, "verify", cell)
 
@@ -106,7 +107,7 @@ def verify(session: nox.Session, cell: str) -> None:
 @nox.session(default=False)
 def summary(session: nox.Session) -> None:
     """Print digest, size, times and checks of the selected cells."""
-    session.run(sys.executable, "-m", "builds", "summary", *(cell.id for cell in CELLS), external=True)
+    session.run(sys.executable, "-m", "builds", "summary", *(cell.id for cell in NAMED or SELECTED), external=True)
 
 
 @nox.session(default=False)
