@@ -110,9 +110,7 @@ def summary(session: nox.Session) -> None:
     session.run(sys.executable, "-m", "builds", "summary", *(cell.id for cell in NAMED or SELECTED), external=True)
 
 
-@nox.session(default=False)
-def lint(session: nox.Session) -> None:
-    """Check style and types: ruff, mypy, shellcheck, yamllint."""
+def _lint(session: nox.Session) -> None:
     tools = Path(sys.executable).parent
     if not (tools / "ruff").exists():
         session.error("the linters are missing: pip install -e '.[dev]'")
@@ -127,6 +125,12 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def lint(session: nox.Session) -> None:
+    """Check style and types: ruff, mypy, shellcheck, yamllint."""
+    _lint(session)
+
+
+@nox.session(default=False)
 def unit(session: nox.Session) -> None:
     """Run the tests that need neither engine nor network; seconds."""
     session.run(sys.executable, "-m", "pytest", "tests/unit", *session.posargs, external=True)
@@ -135,7 +139,7 @@ def unit(session: nox.Session) -> None:
 @nox.session(default=False)
 def test(session: nox.Session) -> None:
     """Run all tests: linters, unit tests, and lab, build and verify for real."""
-    session.notify("lint")
+    _lint(session)
     session.run(sys.executable, "-m", "pytest", "tests/unit", "tests/integration", *session.posargs, external=True)
 
 
