@@ -86,9 +86,13 @@ def load(engine: Engine, image: oci.Image, names: Sequence[str], report: Reporte
                 yield chunk
 
         try:
-            engine.client.images.load(chunks())  # type: ignore[arg-type]  # a generator is streamed
+            # Not images.load(): it takes what Podman says of several names for the name of one image.
+            answers = list(engine.client.api.load_image(chunks()))  # type: ignore[no-untyped-call]  # streamed
         except (DockerException, requests.RequestException) as error:
             raise InfrastructureError(names[0], "the engine cannot load the image", got=_said(error)) from error
+    for answer in answers:  # a failure comes in the stream, under status 200
+        if "error" in answer:
+            raise InfrastructureError(names[0], "the engine cannot load the image", got=str(answer["error"]))
     for name in names:
         architecture = engine.client.images.get(name).attrs["Architecture"]
         if architecture != image.config["architecture"]:
