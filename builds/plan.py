@@ -186,5 +186,5 @@ def make(
 def _public(reference: str, settings: Settings) -> str:
     """A reference as a plan may show it: folders of this machine are nobody else's business."""
     if reference.startswith("oci:"):
-        return f"oci:{reference.removeprefix(settings.gl_registry).lstrip('/')}"
+        return f"oci:{reference.removeprefix(settings.gl_registry).lstrip('/:')}"
     return reference
