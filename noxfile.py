@@ -33,10 +33,7 @@ def _cells() -> tuple[list[Cell], list[Cell]]:
     ours = itertools.takewhile(lambda argument: argument != "--", sys.argv[1:])
     named = [found[1] for argument in ours if (found := re.fullmatch(r"[a-z-]+\(([^()]+)\)", argument))]
     try:
-        cells = [Cell.parse(text) for text in dict.fromkeys(named)]
-        for cell in cells:
-            matrix.matrix_of(cell)
-        return cells, list(matrix.select(os.environ))
+        return [matrix.find(text) for text in dict.fromkeys(named)], list(matrix.select(os.environ))
     except HarnessError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(int(error.kind))
@@ -97,11 +94,13 @@ def build(session: nox.Session, cell: str) -> None:
 @per_cell
 def verify(session: nox.Session, cell: str) -> None:
     """Prove a cell's image right; -- --image REF for one that is there already."""
-    if "--image" not in session.posargs:
+    if not any(argument.partition("=")[0] == "--image" for argument in session.posargs):
         session.notify("summary")
+        _builds(session, "verify", cell)
     elif cell != (NAMED or SELECTED)[0].id:
         session.skip("--image names the one image to verify")
-    _builds(session, "verify", cell)
+    else:  # its cell is what the command line names, or else what its tag says
+        _builds(session, "verify", *([cell] if NAMED else []))
 
 
 @nox.session(default=False)

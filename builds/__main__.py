@@ -7,12 +7,14 @@ import json
 import os
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 
 from . import __version__, errors
 from . import settings as configuration
 from .console import Reporter
-from .errors import HarnessError, InfrastructureError
+from .errors import ConfigurationError, HarnessError, InfrastructureError
 from .model import Cell
 
 _EPILOG = """\
@@ -41,6 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = str(error.filename) if error.filename else type(error).__name__
         report.fail(InfrastructureError(place, error.strerror or str(error), hint="see its settings and permissions"))
         return int(InfrastructureError.kind)
+    except Exception as error:  # noqa: BLE001  # a fault of ours: say so in a line, and where the rest is
+        report.fail(_fault(error))
+        return int(InfrastructureError.kind)
+
+
+def _fault(error: Exception) -> InfrastructureError:
+    """What to say of an error that is ours: its traceback goes to a file."""
+    with tempfile.NamedTemporaryFile("w", prefix="nvidia-builds-", suffix=".log", delete=False) as log:
+        traceback.print_exception(error, file=log)
+    return InfrastructureError(
+        "this program",
+        "came upon something that it does not handle",
+        got=f"{type(error).__name__}: {error}"[:200],
+        hint=f"report it with {log.name}",
+    )
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
@@ -93,10 +110,7 @@ def _cells(options: argparse.Namespace) -> tuple[Cell, ...]:
     from . import matrix
 
     if options.cells:
-        cells = tuple(map(Cell.parse, options.cells))
-        for cell in cells:
-            matrix.matrix_of(cell)
-        return cells
+        return tuple(map(matrix.find, options.cells))
     return matrix.select(os.environ)
 
 
@@ -175,13 +189,19 @@ def _build(options: argparse.Namespace, report: Reporter) -> int:
 
 
 def _verify(options: argparse.Namespace, report: Reporter) -> int:
-    from . import pipeline
+    from . import matrix, pipeline
 
-    if options.image:
-        cell = Cell.parse(options.cell) if options.cell else None
-        pipeline.verify_image(options.image, cell, _settings(options), report)
-        return 0
-    return _each(options, report, pipeline.verify_cell)
+    if options.image is None:
+        if options.cell:
+            raise ConfigurationError("--cell", "is the cell of --image, which is not given", got=options.cell)
+        return _each(options, report, pipeline.verify_cell)
+    if not options.image:
+        raise ConfigurationError("--image", "must name an image", got="nothing", hint="is a variable empty?")
+    named = {matrix.find(text) for text in (*options.cells, *([options.cell] if options.cell else []))}
+    if len(named) > 1:
+        raise ConfigurationError("--image", "is of one cell", got=", ".join(sorted(map(str, named))))
+    pipeline.verify_image(options.image, named.pop() if named else None, _settings(options), report)
+    return 0
 
 
 def _summary(options: argparse.Namespace, report: Reporter) -> None:

@@ -20,10 +20,10 @@ from pathlib import Path
 import docker
 import psutil
 import requests
-from docker.errors import APIError, DockerException, ImageNotFound, NotFound
+from docker.errors import APIError, DockerException, ImageNotFound
 from docker.models.containers import Container
 
-from . import oci
+from . import oci, tars
 from .cache import CHUNK, disk_errors
 from .console import Reporter
 from .errors import InfrastructureError
@@ -131,7 +131,8 @@ def container(
     except (APIError, requests.RequestException) as error:
         raise InfrastructureError(image, "the engine failed", got=_said(error)) from error
     finally:
-        with suppress(NotFound):
+        # Whatever is wrong with the engine by now, the error that led here says more.
+        with suppress(DockerException, requests.RequestException):
             made.remove(force=True)
 
 
@@ -168,7 +169,7 @@ def get_tree(made: Container, source: str, target: Path) -> None:
             for member in archive:
                 member.name = member.name.partition("/")[2]
                 if member.name:
-                    archive.extract(member, target, filter="data")
+                    tars.extract(archive, member, target)
 
 
 def run(made: Container, log: Path, line: object = None) -> int:
@@ -195,8 +196,8 @@ def native(engine: Engine, arch: Arch) -> bool:
 
 def _candidates(tried: list[str]) -> Iterator[docker.DockerClient]:
     try:
-        yield docker.from_env(timeout=_TIMEOUT)
-    except DockerException as error:
+        yield docker.from_env(timeout=_TIMEOUT, use_ssh_client=True)
+    except (DockerException, ValueError, OSError) as error:
         tried.append(f"{os.environ.get('DOCKER_HOST', 'docker socket')}: {_said(error)}"[:200])
     if "DOCKER_HOST" in os.environ:
         return

@@ -13,11 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from . import engine
 from .console import Reporter
 from .errors import InfrastructureError
 
 _WAIT = 60  # seconds until a started engine must answer
+_PID_FILES = (Path("/var/run/docker.pid"), Path("/var/run/docker/containerd/containerd.pid"))
 _ENGINE_LOG = Path("/var/log/dockerd.log")
 
 
@@ -42,19 +45,31 @@ CLIENT = Need("docker", ("docker-cli", "docker.io"), "checks that run inside a c
 def prepare(report: Reporter) -> None:
     """Install and start what is missing. Raises InfrastructureError where that needs another user or fails."""
     answering = _answering()
+    if not answering and (host := os.environ.get("DOCKER_HOST")):
+        raise InfrastructureError(
+            "container engine",
+            "the one that DOCKER_HOST names does not answer",
+            got=host,
+            hint="start it, or unset DOCKER_HOST to have one installed and started here",
+        )
     needs = [need for need in NEEDS if not shutil.which(need.command)]
     if not answering and not shutil.which(ENGINE.command):
         needs.append(ENGINE)
     if needs:
         _install(needs, report)
-    if not answering:
+    elif shutil.which("apt-get") and not _apt_knows_archive():
+        with report.step("apt-get update"):
+            _run(["apt-get", "update"])
+    started = answering is None
+    if started:
         _start_engine(report)
         answering = _answering()
     if not shutil.which(CLIENT.command):
-        _install([_first_known(CLIENT)], report)
+        needs.append(_first_known(CLIENT))
+        _install(needs[-1:], report)
     if answering:
         report.say(f"  container engine {answering.version} at {answering.url}", style="green")
-    report.say("  ready" if needs else "  nothing is missing", style="green")
+    report.say("  ready" if needs or started else "  nothing is missing", style="green")
 
 
 def _answering() -> engine.Engine | None:
@@ -103,21 +118,44 @@ def _first_known(need: Need) -> Need:
     return need
 
 
+def _apt_knows_archive() -> bool:
+    """Whether apt has lists at all: container images of Debian come without."""
+    shown = subprocess.run(["apt-get", "indextargets"], capture_output=True, check=False)
+    return bool(shown.stdout.strip())
+
+
+def _forget_dead(file: Path) -> None:
+    """Remove a pid file whose process is gone, a zombie, or another program by now: the daemon would not start."""
+    try:
+        process = psutil.Process(int(file.read_text()))
+        alive = process.status() != psutil.STATUS_ZOMBIE and process.name() in ("dockerd", "containerd")
+    except (OSError, ValueError, psutil.NoSuchProcess):
+        alive = False
+    if not alive:
+        file.unlink(missing_ok=True)
+
+
 def _start_engine(report: Reporter) -> None:
     """Start Docker: by the service manager where there is one, else as a daemon of its own."""
+    if os.geteuid() != 0:
+        raise InfrastructureError("setup", "starting a container engine needs root", got=f"uid {os.geteuid()}")
     with report.step("start container engine"):
+        daemon = None
         if Path("/run/systemd/system").is_dir():
             _run(["systemctl", "start", "docker"])
         else:
+            for file in _PID_FILES:
+                _forget_dead(file)
             # Debian's init script gives up where it may not raise limits; the daemon itself needs no flags.
             with _ENGINE_LOG.open("ab") as log:
                 subprocess.Popen(["dockerd"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + _WAIT
         while not _answering():
-            if time.monotonic() > deadline:
+            ended = daemon is not None and daemon.poll() is not None
+            if ended or time.monotonic() > deadline:
                 raise InfrastructureError(
                     "container engine",
-                    f"does not answer {_WAIT} s after its start",
+                    "ended at once" if ended else f"does not answer {_WAIT} s after its start",
                     hint=f"its log: {_ENGINE_LOG}, or journalctl -u docker",
                 )
             time.sleep(0.3)

@@ -14,7 +14,7 @@ from typing import Any
 from . import layers, oci, paths, recipes
 from .cache import Cache, key_of, publish
 from .console import Reporter
-from .errors import ConfigurationError
+from .errors import BuildError, ConfigurationError
 from .layers import StoredLayer
 from .model import MODULES, ModuleType
 from .oci import Entry, Image
@@ -57,10 +57,13 @@ def find(plan: Plan, layout: Path) -> Image | None:
         return None
     try:
         found = oci.find_image(layout, plan.names[0], plan.cell.arch)
-    except ConfigurationError:
+    except (ConfigurationError, BuildError):  # not there, or damaged: made again
         return None
-    made_from = found.config["config"]["Labels"].get(f"{PREFIX}.plan-key")
-    if made_from != plan.image or set(oci.names_of(layout, found.digest)) != set(plan.names):
+    made_from = (found.config.get("config") or {}).get("Labels") or {}
+    blobs = (found.config_descriptor, *(layer.descriptor for layer in found.layers))
+    if not all(oci.blob_path(layout, blob.digest).is_file() for blob in blobs):
+        return None
+    if made_from.get(f"{PREFIX}.plan-key") != plan.image or set(oci.names_of(layout, found.digest)) != set(plan.names):
         return None
     return found
 
@@ -121,7 +124,7 @@ def _as_oci(layer: oci.Layer) -> oci.Layer:
 
 
 def _modules(plan: Plan, made: Mapping[ModuleType, Path], cache: Cache, report: Reporter) -> StoredLayer:
-    key = key_of(modules=plan.modules, absent=plan.absent, kernel=plan.kernel.build.id, recipe=recipes.LAYER)
+    key = key_of(modules=plan.modules, absent=plan.absent, kernel=plan.kernel.build.id, recipe=recipes.MODULE_LAYER)
     return layers.stored("pack modules", key, lambda: _module_entries(plan, made), cache, report)
 
 

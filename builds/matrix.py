@@ -131,6 +131,16 @@ def matrix_of(cell: Cell) -> Matrix:
     raise unknown("cell", cell.id, (known.id for matrix in load_all() for known in matrix.cells))
 
 
+def find(text: str) -> Cell:
+    """The cell that an id means. Raises ConfigurationError naming the nearest known cells where it means none."""
+    try:
+        cell = Cell.parse(text)
+    except ConfigurationError as error:
+        raise unknown("cell", text, (known.id for matrix in load_all() for known in matrix.cells)) from error
+    matrix_of(cell)
+    return cell
+
+
 def select(environ: Mapping[str, str]) -> tuple[Cell, ...]:
     """The cells that the environment selects; the default cell where it selects nothing.
 

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -258,8 +259,16 @@ def find_image(layout: Path, name: str | None = None, arch: Arch | None = None) 
 
 def read_image(layout: Path, descriptor: Descriptor) -> Image:
     """Read an image's manifest and config. Raises BuildError where the layout lacks or damages one."""
-    manifest = read_json(layout, descriptor.digest)
-    return Image(layout, descriptor, manifest, read_json(layout, manifest["config"]["digest"]))
+    try:
+        manifest = read_json(layout, descriptor.digest)
+        image = Image(layout, descriptor, manifest, read_json(layout, manifest["config"]["digest"]))
+        if len(image.layers) != len(manifest["layers"]) or not isinstance(image.config["architecture"], str):
+            raise ValueError("it has no architecture")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BuildError(
+            f"oci:{layout}", f"manifest or config of {descriptor.digest} is not an image's", got=repr(error)
+        ) from error
+    return image
 
 
 def read_json(layout: Path, digest: str) -> Any:
@@ -314,18 +323,21 @@ def layer_from_tar(source: Path, target: Path, progress: Callable[[int], None] |
 
 @contextmanager
 def open_layer(layout: Path, layer: Descriptor) -> Iterator[IO[bytes]]:
-    """The uncompressed tar of a layer as a stream."""
-    with blob_path(layout, layer.digest).open("rb") as blob:
-        magic = blob.read(4)
-        blob.seek(0)
-        if magic == b"\x28\xb5\x2f\xfd":
-            with zstandard.ZstdDecompressor().stream_reader(blob, read_across_frames=True) as stream:
-                yield stream
-        elif magic[:2] == b"\x1f\x8b":
-            with gzip.open(blob) as stream:
-                yield stream  # type: ignore[misc]
-        else:
-            yield blob
+    """The uncompressed tar of a layer as a stream. Raises BuildError where the blob is missing or damaged."""
+    try:
+        with blob_path(layout, layer.digest).open("rb") as blob:
+            magic = blob.read(4)
+            blob.seek(0)
+            if magic == b"\x28\xb5\x2f\xfd":
+                with zstandard.ZstdDecompressor().stream_reader(blob, read_across_frames=True) as stream:
+                    yield stream
+            elif magic[:2] == b"\x1f\x8b":
+                with gzip.open(blob) as stream:
+                    yield stream  # type: ignore[misc]
+            else:
+                yield blob
+    except (zstandard.ZstdError, zlib.error, EOFError, gzip.BadGzipFile, FileNotFoundError) as error:
+        raise BuildError(f"oci:{layout}", f"the layer {layer.digest} is damaged or missing", got=str(error)) from error
 
 
 def check_blobs(image: Image, progress: Callable[[int], None] | None = None) -> None:
@@ -365,9 +377,9 @@ def _manifests(layout: Path, entries: Iterable[Descriptor]) -> Iterator[Descript
 def _index(layout: Path) -> list[Descriptor]:
     try:
         document = json.loads((layout / "index.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"oci:{layout}", "has no readable index.json", got=str(error)) from error
-    return [Descriptor.from_json(entry) for entry in document["manifests"]]
+        return [Descriptor.from_json(entry) for entry in document["manifests"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigurationError(f"oci:{layout}", "has no readable index.json", got=repr(error)) from error
 
 
 def _write_index(layout: Path, entries: Iterable[Descriptor]) -> None:

@@ -30,7 +30,8 @@ from .settings import Settings, resolve
 
 RECORD = "record.json"
 _STEPS = "steps.json"
-_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n"  # of CACHEDIR.TAG, which backup tools know
+_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# made by gardenlinux-nvidia-builds, which may empty this folder\n"
+"""Content of CACHEDIR.TAG: its first line is what backup tools know, its second is ours."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def start(cell: Cell, options: Mapping[str, str], report: Reporter) -> Run:
     for folder in (settings.cache_dir, settings.out_dir):
         with disk_errors(folder.name, folder):
             folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "CACHEDIR.TAG").exists():
+            if not any(folder.iterdir()):  # only what was empty may be emptied again
                 write_atomically(folder / "CACHEDIR.TAG", _TAG)
     return Run(cell, of, settings, Cache(settings.cache_dir), report)
 
@@ -220,9 +221,13 @@ def clean(settings: Settings, *, everything: bool, report: Reporter) -> None:
     for folder in (settings.out_dir, *([settings.cache_dir] if everything else [])):
         if not folder.is_dir():
             continue
-        if any(folder.iterdir()) and not (folder / "CACHEDIR.TAG").is_file():
+        tag = folder / "CACHEDIR.TAG"
+        if any(folder.iterdir()) and not (tag.is_file() and tag.read_text() == _TAG):
             raise ConfigurationError(
-                str(folder), "was not made by this project", got="no CACHEDIR.TAG in it", hint="remove it by hand"
+                str(folder),
+                "was not empty when this project first used it, so it is not emptied",
+                got="no CACHEDIR.TAG of this project's in it",
+                hint="remove by hand what is not needed",
             )
         with disk_errors("clean", folder):
             for item in folder.iterdir():
@@ -363,5 +368,8 @@ def _phase(run: Run, name: str) -> Iterator[None]:
 
 def _phases(run: Run) -> dict[str, list[dict[str, Any]]]:
     """The steps of each session's last work on a cell."""
-    path = run.out / _STEPS
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        phases: dict[str, list[dict[str, Any]]] = json.loads((run.out / _STEPS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return phases

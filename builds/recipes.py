@@ -10,13 +10,19 @@ from .cache import recipe
 HERE = Path(__file__).parent
 INSTALLER = HERE / "installer"
 
-DRIVER_TREE = recipe(HERE / "runfile.py")
+DRIVER_TREE = recipe(HERE / "runfile.py", HERE / "tars.py")
 CONFTEST = recipe(HERE / "compile.sh")
-MODULES = recipe(HERE / "compile.py", HERE / "compile.sh")
+MODULES = recipe(HERE / "compile.py", HERE / "compile.sh", HERE / "model.py")
 LAYER = recipe(HERE / "oci.py", compressor=oci.COMPRESSOR)
-USER_SPACE = recipe(HERE / "userspace.py", HERE / "manifest.py", HERE / "runfile.py", layer=LAYER)
+USER_SPACE = recipe(
+    *(HERE / name for name in ("userspace.py", "manifest.py", "runfile.py", "tars.py", "paths.py", "model.py")),
+    layer=LAYER,
+)
+MODULE_LAYER = recipe(HERE / "image.py", HERE / "paths.py", HERE / "model.py", layer=LAYER)
 IMAGE = recipe(
     HERE / "image.py",
+    HERE / "paths.py",
+    HERE / "model.py",
     *sorted(path for path in INSTALLER.rglob("*") if path.is_file() and "__pycache__" not in path.parts),
     layer=LAYER,
 )

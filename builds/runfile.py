@@ -23,6 +23,7 @@ from typing import IO, Any
 import zstandard
 from fastcrc import crc32
 
+from . import tars
 from .cache import CHUNK, disk_errors
 from .errors import BuildError
 from .model import Arch
@@ -189,7 +190,7 @@ def unpack(path: Path, header: RunHeader, dest: Path, *, progress: Callable[[int
         with tarfile.open(fileobj=source, mode="r|") as archive:  # type: ignore[call-overload]
             for member in archive:
                 _refuse_escape(path.name, member)
-                archive.extract(member, dest, filter="data")
+                tars.extract(archive, member, dest)
             while source.read():
                 pass  # to the end, for the compressed stream's own check
             # tarfile takes a damaged header for the end of the archive; the real end is zeros, 1024 or more.

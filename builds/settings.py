@@ -6,6 +6,7 @@ Precedence: default < matrix file < environment < ``-- --option`` on the command
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,10 @@ SETTINGS = (
 )
 
 
+_REPOSITORY = re.compile(r"[a-z0-9][A-Za-z0-9.:-]*/[a-z0-9]+([._/-]+[a-z0-9]+)*/?")
+"""A repository as OCI's distribution specification writes it, behind its registry's host."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """The settings of a run, checked."""
@@ -86,15 +91,28 @@ def resolve(
             values[setting.name] = environ[setting.variable]
         if options and options.get(setting.name):
             values[setting.name] = options[setting.name]
-    cache = Path(values["cache_dir"]).expanduser().absolute()
+    cache, out = (_folder(name, values[name.lower()]) for name in ("CACHE_DIR", "OUT_DIR"))
+    if cache.is_relative_to(out):
+        raise ConfigurationError("CACHE_DIR", "must not lie in OUT_DIR, which `clean` empties", got=f"{cache} in {out}")
+    if not _REPOSITORY.fullmatch(values["image_path"]):
+        raise ConfigurationError(
+            "IMAGE_PATH", "must be <registry>/<repository> without tag or digest", got=repr(values["image_path"])
+        )
     return Settings(
         gl_registry=values["gl_registry"].replace("{cache}", str(cache)).rstrip("/"),
         nvidia_base_url=values["nvidia_base_url"].replace("{cache}", str(cache)).rstrip("/"),
         image_path=values["image_path"].rstrip("/"),
         cache_dir=cache,
-        out_dir=Path(values["out_dir"]).expanduser().absolute(),
+        out_dir=out,
         jobs=_jobs(values["jobs"]),
     )
+
+
+def _folder(variable: str, text: str) -> Path:
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigurationError(variable, "names a home that is not known", got=text) from error
 
 
 def _jobs(text: str) -> int:

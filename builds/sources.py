@@ -14,7 +14,7 @@ import requests
 from . import http, oci, registry, runfile
 from .cache import CHUNK, Cache, disk_errors, locked
 from .console import Reporter
-from .errors import ConfigurationError, InfrastructureError
+from .errors import BuildError, ConfigurationError, InfrastructureError
 from .model import Arch
 
 
@@ -58,14 +58,20 @@ def driver_package(
     one that was asked for.
     """
     name = runfile.package_name(version, arch)
-    if base.startswith(("http://", "https://")):
+    downloaded = base.startswith(("http://", "https://"))
+    if downloaded:
         path = _download(f"{base}/{version}/{name}", cache.root / "downloads" / name, report)
     else:
         path = _local(Path(base.removeprefix("file://")).expanduser(), version, name)
     size = path.stat().st_size
-    with report.bytes(f"check {name}", size) as advance:
-        header = runfile.read_header(path)
-        sha256 = runfile.check(path, header, version=version, arch=arch, sha256=pin, progress=advance)
+    try:
+        with report.bytes(f"check {name}", size) as advance:
+            header = runfile.read_header(path)
+            sha256 = runfile.check(path, header, version=version, arch=arch, sha256=pin, progress=advance)
+    except BuildError:
+        if downloaded:  # or a server's mistake would stay with us after it is mended
+            path.unlink(missing_ok=True)
+        raise
     return DriverPackage(path, name, sha256, size)
 
 

@@ -29,7 +29,7 @@ from . import engine as engines
 from .cache import Cache, disk_errors, key_of, recipe, write_atomically
 from .console import Reporter
 from .engine import Engine
-from .errors import BuildError, InfrastructureError, VerificationError
+from .errors import BuildError, HarnessError, InfrastructureError, VerificationError
 from .plan import Inputs, Plan
 from .record import CheckResult, Outcome, Record, counts
 
@@ -313,7 +313,7 @@ def _in_engine(engine: Engine | None, image: oci.Image, report: Reporter, missin
         return
     try:
         engines.load(engine, image, [name], report)
-    except InfrastructureError as error:
+    except HarnessError as error:  # a damaged image included: the checks that read it say so
         missing.append(_first_line(error))
         yield None
         return

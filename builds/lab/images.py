@@ -41,10 +41,10 @@ _MACHINE = ("No space left on device", "Operation not permitted", "Read-only fil
 """What a log says where the machine is at fault: full, or without the rights to make namespaces and mounts."""
 
 
-def command(recipe: ImageRecipe, repository: Path, target: Path, *, root: bool) -> tuple[str, ...]:
+def command(recipe: ImageRecipe, repository: Path, target: Path) -> tuple[str, ...]:
     """The command that installs an image's packages from a folder and packs the result as a tar."""
     options = [
-        f"--mode={'root' if root else 'unshare'}",
+        "--mode=root",
         "--variant=essential",
         "--format=tar",
         "--verbose",
@@ -83,6 +83,10 @@ def build(
     ``progress`` is told packages as they are set up. Raises BuildError with the end of the log where the
     installation fails, InfrastructureError where the log says that the machine is at fault.
     """
+    if os.geteuid() != 0:
+        raise InfrastructureError(
+            f"lab {recipe.kind} image {recipe.arch}-{recipe.gl}", "making it needs root", got=f"uid {os.geteuid()}"
+        )
     repository, temporary, tar = folder / "repository", folder / "tmp", folder / "root.tar"
     repository.mkdir()
     temporary.mkdir()
@@ -91,7 +95,7 @@ def build(
     index = flat_index(packages)
     (repository / "Packages").write_text(index)
     (repository / "Release").write_text(flat_release(recipe.suite, index))
-    _run(command(recipe, repository, tar, root=os.geteuid() == 0), temporary, log, recipe, progress)
+    _run(command(recipe, repository, tar), temporary, log, recipe, progress)
     layer = oci.layer_from_tar(tar, folder / LAYER)
     tar.unlink()
     temporary.rmdir()

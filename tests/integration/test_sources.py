@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -97,16 +98,22 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def site(built: Built) -> Iterator[str]:
-    """A web server with the driver package where the vendor's has it."""
-    handler = functools.partial(_Quiet, directory=str(built.cache.root / "lab" / "driver"))
+@contextmanager
+def _served(folder: Path) -> Iterator[str]:
+    handler = functools.partial(_Quiet, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def site(built: Built) -> Iterator[str]:
+    """A web server with the driver package where the vendor's has it."""
+    with _served(built.cache.root / "lab" / "driver") as url:
+        yield url
 
 
 def test_a_plan_is_the_same_from_a_registry_and_a_web_server(
@@ -156,3 +163,20 @@ def test_a_blob_with_other_bytes_is_refused(
     assert done.returncode == 3, done.stderr
     assert "sent other bytes" in done.stderr
     assert hashlib.sha256(whole).hexdigest() == digest
+
+
+def test_a_web_page_sent_for_the_package_is_refused_and_does_not_stay(
+    built: Built, builds: Cli, tmp_path: Path
+) -> None:
+    """The server answers 200 with a page; mended, the same run succeeds without anybody emptying a cache."""
+    package = tmp_path / "site" / built.cell.driver / built.plan.package.name
+    package.parent.mkdir(parents=True)
+    package.write_text("<!DOCTYPE html><title>Access denied</title>")
+    inputs = {"GL_REGISTRY": f"oci:{built.cache.root}/lab/images", "CACHE_DIR": str(tmp_path / "cache")}
+    with _served(tmp_path / "site") as url:
+        done = builds("plan", str(built.cell), env={**inputs, "NVIDIA_BASE_URL": url})
+        assert done.returncode == 3, done.stderr
+        package.unlink()
+        package.symlink_to(built.inputs.package)
+        done = builds("plan", str(built.cell), env={**inputs, "NVIDIA_BASE_URL": url})
+        assert done.returncode == 0, done.stderr

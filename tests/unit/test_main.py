@@ -80,3 +80,37 @@ def test_a_plan_of_a_lab_cell_without_inputs_says_how_to_make_them(
     monkeypatch.setenv("OUT_DIR", str(tmp_path / "out"))
     assert cli.main(["plan"]) == 2
     assert 'nox -s "lab(550.163.01-debian12-amd64-cloud)"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["verify", "--cell", "570.172.08-1877.3-amd64-cloud"], "--cell: is the cell of --image"),
+        (["verify", "--image", ""], "--image: must name an image"),
+        (
+            ["verify", "550.163.01-debian12-amd64-cloud", "--image", "x", "--cell", "550.163.01-debian13-amd64-cloud"],
+            "--image: is of one cell",
+        ),
+    ],
+)
+def test_verify_refuses_what_would_verify_something_else(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_fault_of_our_own_is_a_line_and_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fail(*_arguments: object, **_more: object) -> None:
+        raise ZeroDivisionError("nobody thought of it")
+
+    monkeypatch.setattr(pipeline, "start", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert cli.main(["build"]) == 5
+    said = capsys.readouterr().err
+    assert "ZeroDivisionError: nobody thought of it" in said
+    assert "Traceback" not in said
+    (log,) = tmp_path.glob("*.log")
+    assert "Traceback" in log.read_text()

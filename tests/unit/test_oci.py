@@ -162,3 +162,50 @@ def test_copying_a_layer_proves_it(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="not those of its digest"):
         oci.add_layer(tmp_path / "layout", made, tmp_path / "layer")
     assert not list((tmp_path / "layout" / "blobs" / "sha256").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("manifest", "config"),
+    [
+        (b"<html>", None),
+        (b"{}", None),
+        (b"[]", None),
+        (None, b"{}"),
+        (None, b"[1]"),
+        (None, b'{"architecture": "amd64", "rootfs": {"diff_ids": []}}'),
+    ],
+)
+def test_what_is_no_image_is_refused_in_words(manifest: bytes | None, config: bytes | None, tmp_path: Path) -> None:
+    image = layout(tmp_path)
+    document = dict(image.manifest)
+    if config is not None:
+        document["config"] = oci.add_bytes(image.layout, config, oci.CONFIG).to_json()
+    data = manifest if manifest is not None else json.dumps(document).encode()
+    descriptor = oci.add_bytes(image.layout, data, oci.MANIFEST)
+    with pytest.raises(BuildError, match="is not an image's"):
+        oci.read_image(image.layout, descriptor)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"manifests": [{}]}'])
+def test_an_index_that_is_none_is_refused_in_words(text: str, tmp_path: Path) -> None:
+    image = layout(tmp_path)
+    (image.layout / "index.json").write_text(text)
+    with pytest.raises(ConfigurationError, match=r"no readable index\.json"):
+        oci.find_image(image.layout)
+
+
+@pytest.mark.parametrize(
+    "data", [None, b"\x28\xb5\x2f\xfd" + b"\xff" * 40, b"\x1f\x8b" + b"\xff" * 40, b"\x1f\x8b\x08"]
+)
+def test_a_layer_that_is_missing_or_garbage_is_damage(data: bytes | None, tmp_path: Path) -> None:
+    image = layout(tmp_path)
+    blob = oci.blob_path(image.layout, image.layers[0].descriptor.digest)
+    blob.unlink()
+    if data is not None:
+        blob.write_bytes(data)
+    with (
+        pytest.raises(BuildError, match="damaged or missing"),
+        oci.open_layer(image.layout, image.layers[0].descriptor) as stream,
+    ):
+        while stream.read(1 << 20):
+            pass

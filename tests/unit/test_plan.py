@@ -138,7 +138,7 @@ def test_only_folders_of_ours_are_emptied(tmp_path: Path) -> None:
     from builds.settings import resolve
 
     (tmp_path / "precious").touch()
-    settings = resolve(environ={"OUT_DIR": str(tmp_path), "CACHE_DIR": str(tmp_path / "none")})
-    with pytest.raises(ConfigurationError, match="was not made by this project"):
+    settings = resolve(environ={"OUT_DIR": str(tmp_path), "CACHE_DIR": str(tmp_path.parent / "none")})
+    with pytest.raises(ConfigurationError, match="was not empty when this project first used it"):
         pipeline.clean(settings, everything=True, report=Reporter())
     assert (tmp_path / "precious").exists()

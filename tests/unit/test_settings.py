@@ -41,3 +41,18 @@ def test_jobs_must_be_a_number(jobs: str) -> None:
 def test_every_setting_is_in_the_readme() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     assert [row.variable for row in SETTINGS if f"`{row.variable}`" not in readme] == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("IMAGE_PATH", "Foo/Bar"),
+        ("IMAGE_PATH", "ghcr.io/a:tag"),
+        ("IMAGE_PATH", "ghcr.io/a b"),
+        ("CACHE_DIR", "~nobody-of-this-name/cache"),
+        ("CACHE_DIR", "out/cache"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_built(variable: str, value: str) -> None:
+    with pytest.raises(ConfigurationError, match=variable):
+        resolve(environ={variable: value})
