@@ -137,7 +137,8 @@ def _headers(rootfs: RootFs) -> Iterator[tuple[str, str]]:
 
 
 def _config(rootfs: RootFs, folder: str) -> dict[str, str]:
-    text = rootfs.read(f"{folder}/include/config/auto.conf").decode()
+    path = f"{folder}/include/config/auto.conf"
+    text = rootfs.read(path).decode() if rootfs.resolve(path) else ""
     return dict(line.split("=", 1) for line in text.splitlines() if line.startswith("CONFIG_") and "=" in line)
 
 
@@ -171,15 +172,17 @@ def _packages(rootfs: RootFs) -> dict[str, str]:
     return {
         paragraph["Package"]: paragraph["Version"]
         for paragraph in Deb822.iter_paragraphs(status.splitlines(), use_apt_pkg=False)
-        if "Version" in paragraph
+        if "Package" in paragraph and paragraph.get("Status", "install ok installed").endswith(" installed")
     }
 
 
 def _owner(rootfs: RootFs, output: str, packages: Mapping[str, str]) -> str:
     """Version of the package that brought the headers in a folder."""
     wanted = f"/{output}/Module.symvers"
+    # A package made before /usr was merged lists /lib/modules/…, which is found below /usr/lib.
+    spelled = {wanted, wanted.removeprefix("/usr")}
     for node in rootfs.below("var/lib/dpkg/info"):
-        if node.path.endswith(".list") and wanted in node.read().decode().splitlines():
+        if node.path.endswith(".list") and not spelled.isdisjoint(node.read().decode().splitlines()):
             name = posixpath.basename(node.path).removesuffix(".list").partition(":")[0]
             if name in packages:
                 return packages[name]

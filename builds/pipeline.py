@@ -7,6 +7,7 @@ what makes a repeated run short.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -161,19 +162,8 @@ def verify_image(reference: str, cell: Cell | None, options: Mapping[str, str], 
 def cell_of(names: Iterable[str]) -> Cell:
     """The cell that tags speak of. Raises ConfigurationError where they fit none, or more than one."""
     tags = [name.rpartition(":")[2] for name in names]
-    known = [(cell, of) for of in matrix.load_all() for cell in of.cells]
-    for version in ("driver", "driver_major"):
-        fitting = {
-            cell
-            for cell, of in known
-            for tag in tags
-            if tag.startswith(f"{getattr(cell, version)}-")
-            and tag.endswith(f"-{of.os_tag.format(gl=cell.gl)}")
-            and f"-{cell.arch}-" in tag
-            and ("-cloud-" in tag) == (cell.flavor == "cloud")
-        }
-        if fitting:
-            break
+    told = [cells for tag in tags if (cells := _cells_of(tag))]
+    fitting = set.intersection(*told) if told else set()
     if len(fitting) != 1:
         raise ConfigurationError(
             "image",
@@ -182,6 +172,29 @@ def cell_of(names: Iterable[str]) -> Cell:
             hint="name the cell: -- --image … --cell <cell id>",
         )
     return fitting.pop()
+
+
+def _cells_of(tag: str) -> set[Cell]:
+    """The known cells that a tag fits: by driver version, or else by branch."""
+    known = [(cell, of) for of in matrix.load_all() for cell in of.cells]
+    for version in ("driver", "driver_major"):
+        fitting = {
+            cell
+            for cell, of in known
+            if tag.startswith(f"{getattr(cell, version)}-")
+            and tag.endswith((f"-{of.os_tag.format(gl=cell.gl)}", f"-{of.alias.format(gl=cell.gl)}", _plan_key(tag)))
+            and f"-{cell.arch}-" in tag
+            and ("-cloud-" in tag) == (cell.flavor == "cloud")
+        }
+        if fitting:
+            return fitting
+    return set()
+
+
+def _plan_key(tag: str) -> str:
+    """The end of an immutable tag; of any other, what no tag ends in."""
+    found = re.search(r"-[0-9a-f]{12}$", tag)
+    return found[0] if found else " "
 
 
 def summary(runs: Iterable[Run], report: Reporter) -> None:

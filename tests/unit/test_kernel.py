@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,26 @@ def test_headers_of_no_package_are_refused(tmp_path: Path) -> None:
     stray = {path: text for path, text in CLOUD.items() if not path.startswith("var/")}
     with pytest.raises(BuildError, match="belongs to no package"):
         read_kernel(rootfs(tmp_path, stray), Arch.AMD64, Flavor.CLOUD)
+
+
+def test_headers_listed_as_before_the_merge_of_usr_have_their_package(tmp_path: Path) -> None:
+    files = {path.replace("usr/src/linux-headers-", "usr/lib/modules/"): text for path, text in CLOUD.items()}
+    files = {
+        path: text.replace("/usr/src/linux-headers-6.12.344-c", "/lib/modules/6.12.344-c")
+        for path, text in files.items()
+    }
+    build = "usr/lib/modules/6.12.344-cloud-amd64"
+    image = rootfs(tmp_path, files)
+    link = image.nodes[build]
+    nodes = {
+        **image.nodes,
+        f"{build}/build": replace(link, path=f"{build}/build", mode=stat.S_IFLNK | 0o777, target="."),
+    }
+    kernel, _ = read_kernel(RootFs(nodes), Arch.AMD64, Flavor.CLOUD)
+    assert kernel.build.package == "6.12.344-3gl0"
+
+
+def test_broken_headers_beside_sound_ones_do_no_harm(tmp_path: Path) -> None:
+    broken = {path: text for path, text in METAL.items() if not path.endswith("auto.conf")}
+    kernel, _ = read_kernel(rootfs(tmp_path, CLOUD, broken), Arch.AMD64, Flavor.CLOUD)
+    assert kernel.build.release == "6.12.344-cloud-amd64"

@@ -121,10 +121,19 @@ def test_the_config_starts_the_installer_and_finds_the_libraries_of_its_architec
         "registry/driver:570.172.08-6.12.44-cloud-amd64-gardenlinux0",
         "registry/driver:570-6.12.44-cloud-amd64-gardenlinux0",
         "127.0.0.1:5000/driver:570-6.12.44-cloud-amd64-gardenlinux0",
+        "registry/driver:570-6.12.44-cloud-amd64-gardenlinux1877.3",
+        "registry/driver:570.172.08-6.12.44-cloud-amd64-0123456789ab",
     ],
 )
 def test_a_tag_tells_its_cell(tag: str) -> None:
     assert pipeline.cell_of([tag]) == CELL
+
+
+def test_all_tags_together_tell_the_cell_where_one_alone_does_not() -> None:
+    immutable = "driver:550.163.01-6.1.0-50-cloud-amd64-0123456789ab"
+    with pytest.raises(ConfigurationError, match="--cell"):
+        pipeline.cell_of([immutable])
+    assert pipeline.cell_of([immutable, "driver:550-6.1.0-50-cloud-amd64-debian12"]).gl == "debian12"
 
 
 @pytest.mark.parametrize("tags", [[], ["driver:latest"], ["driver:999-6.12.44-cloud-amd64-gardenlinux0"]])
