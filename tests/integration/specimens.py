@@ -115,7 +115,10 @@ class Draft:
         """Change what the tar says of a member: mode, uid, mtime, linkname …"""
 
         def apply(info: tarfile.TarInfo, data: bytes) -> tuple[tarfile.TarInfo, bytes]:
-            return info.replace(**attributes, deep=True), data
+            changed = copy.deepcopy(info)  # TarInfo.replace() is younger than Debian 12's Python
+            for attribute, value in attributes.items():
+                setattr(changed, attribute, value)
+            return changed, data
 
         self._change(path, apply)
 
