@@ -93,14 +93,22 @@ def build(session: nox.Session, cell: str) -> None:
 @nox.session
 @per_cell
 def verify(session: nox.Session, cell: str) -> None:
-    """Prove a cell's image right; -- --image REF for one that is there already."""
-    if not any(argument.partition("=")[0] == "--image" for argument in session.posargs):
+    """Prove a cell's image right; -- --image REF for one that is there already, -- --record FILE repeats one."""
+    options = {argument.partition("=")[0] for argument in session.posargs}
+    if not options & {"--image", "--record"}:
         session.notify("summary")
         _builds(session, "verify", cell)
     elif cell != (NAMED or SELECTED)[0].id:
-        session.skip("--image names the one image to verify")
-    else:  # its cell is what the command line names, or else what its tag says
+        session.skip("--image and --record name the one image to verify")
+    else:  # its cell is what the command line names, or else what the record or the tag says
         _builds(session, "verify", *([cell] if NAMED else []))
+
+
+@nox.session(default=False)
+@per_cell
+def push(session: nox.Session, cell: str) -> None:
+    """Put a verified image into the repository of IMAGE_PATH; nothing that has no passing record."""
+    _builds(session, "push", cell)
 
 
 @nox.session(default=False)

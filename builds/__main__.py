@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from . import __version__, errors
 from . import settings as configuration
@@ -95,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     verify = verb("verify", _verify, "prove the image right; builds first what is missing")
     verify.add_argument("--image", metavar="REF", help="an image that is there already: oci:<folder>, or in a registry")
     verify.add_argument("--cell", metavar="CELL", help="the cell of --image, where its tag does not say it")
+    verify.add_argument("--record", metavar="FILE", help="repeat what a record tells of, and show what differs")
+    verb("push", _push, "put verified images into the repository that IMAGE_PATH names, byte for byte")
     verb("summary", _summary, "print digest, size, times and checks of the selected cells")
     clean = verb("clean", _clean, "empty the output folder", cells=False)
     clean.add_argument("--all", action="store_true", help="empty the cache as well")
@@ -189,8 +192,15 @@ def _build(options: argparse.Namespace, report: Reporter) -> int:
 
 
 def _verify(options: argparse.Namespace, report: Reporter) -> int:
-    from . import matrix, pipeline
+    from . import matrix, pipeline, recheck
 
+    if options.record is not None:
+        if options.cell or options.cells:
+            raise ConfigurationError("--record", "names its cell itself", got=options.cell or options.cells[0])
+        if not Path(options.record).is_file():
+            raise ConfigurationError("--record", "must name the record.json of a verification", got=options.record)
+        recheck.repeat(Path(options.record), options.image, _settings(options), report)
+        return 0
     if options.image is None:
         if options.cell:
             raise ConfigurationError("--cell", "is the cell of --image, which is not given", got=options.cell)
@@ -200,8 +210,14 @@ def _verify(options: argparse.Namespace, report: Reporter) -> int:
     named = {matrix.find(text) for text in (*options.cells, *([options.cell] if options.cell else []))}
     if len(named) > 1:
         raise ConfigurationError("--image", "is of one cell", got=", ".join(sorted(map(str, named))))
-    pipeline.verify_image(options.image, named.pop() if named else None, _settings(options), report)
+    recheck.verify_image(options.image, named.pop() if named else None, _settings(options), report)
     return 0
+
+
+def _push(options: argparse.Namespace, report: Reporter) -> int:
+    from . import pipeline
+
+    return _each(options, report, pipeline.push)
 
 
 def _summary(options: argparse.Namespace, report: Reporter) -> None:

@@ -7,6 +7,7 @@ bars; elsewhere as plain lines. GitHub's folded groups are used where ``GITHUB_A
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -166,3 +167,9 @@ def human_time(seconds: float) -> str:
     """A duration for people: ``4 min 05 s``."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
+
+
+def shorten(value: object, width: int = 300) -> str:
+    """A JSON value for people: strings as they are, anything long cut off."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= width else text[:width] + " …"

@@ -206,7 +206,7 @@ def name_image(layout: Path, descriptor: Descriptor, names: Iterable[str]) -> No
     names = tuple(names)
     kept = [
         other
-        for other in _index(layout)
+        for other in index_entries(layout)
         if not (other.annotations.get(REF_NAME) in names and other.architecture == descriptor.architecture)
     ]
     named = [
@@ -226,24 +226,34 @@ def names_of(layout: Path, digest: str) -> tuple[str, ...]:
     """The names by which the index of a layout knows an image."""
     return tuple(
         entry.annotations[REF_NAME]
-        for entry in _index(layout)
+        for entry in index_entries(layout)
         if entry.digest == digest and REF_NAME in entry.annotations
     )
+
+
+def full_names_of(layout: Path, digest: str) -> tuple[str, ...]:
+    """Those of its names that a registry would know, ``<host>/<repository>:<tag>``; others are the layout's own."""
+    return tuple(name for name in names_of(layout, digest) if ":" in name.partition("/")[2])
 
 
 def find_image(layout: Path, name: str | None = None, arch: Arch | None = None) -> Image:
     """The image that a name means in a layout, for an architecture. Without a name it must be the only one.
 
-    Raises ConfigurationError where there is none, or more than one to choose from.
+    Raises ConfigurationError where there is none, or more than one to choose from, and BuildError where it is damaged.
     """
+    return read_image(layout, find_entry(layout, name, arch))
+
+
+def find_entry(layout: Path, name: str | None = None, arch: Arch | None = None) -> Descriptor:
+    """The descriptor of that image's manifest, which is all that is read of it."""
     if not (layout / "oci-layout").is_file():
         raise ConfigurationError(f"oci:{layout}", "is not an OCI image layout", hint="it has no file oci-layout")
-    entries = list(_index(layout))
+    entries = index_entries(layout)
     found = [entry for entry in entries if name is None or entry.annotations.get(REF_NAME) == name]
     images = {
         descriptor.digest: descriptor
         for descriptor in _manifests(layout, found)
-        if arch is None or descriptor.architecture in (str(arch), None)
+        if arch is None or _architecture(layout, descriptor) in (str(arch), None)
     }
     if len(images) != 1:
         known = sorted({entry.annotations.get(REF_NAME, entry.digest) for entry in entries})
@@ -254,7 +264,7 @@ def find_image(layout: Path, name: str | None = None, arch: Arch | None = None) 
             got=f"{len(images)}",
             hint=f"it names {', '.join(known) or 'nothing'}",
         )
-    return read_image(layout, next(iter(images.values())))
+    return next(iter(images.values()))
 
 
 def read_image(layout: Path, descriptor: Descriptor) -> Image:
@@ -368,13 +378,16 @@ def _manifests(layout: Path, entries: Iterable[Descriptor]) -> Iterator[Descript
         if entry.media_type in INDEXES:
             yield from _manifests(layout, map(Descriptor.from_json, read_json(layout, entry.digest)["manifests"]))
         else:
-            architecture = entry.architecture
-            if architecture is None:
-                architecture = read_image(layout, entry).config.get("architecture")
-            yield Descriptor(entry.media_type, entry.digest, entry.size, entry.annotations, architecture)
+            yield entry
 
 
-def _index(layout: Path) -> list[Descriptor]:
+def _architecture(layout: Path, entry: Descriptor) -> str | None:
+    """What an index says of an image, or else its config."""
+    return entry.architecture or read_image(layout, entry).config.get("architecture")
+
+
+def index_entries(layout: Path) -> list[Descriptor]:
+    """What the index of a layout has. Raises ConfigurationError where it cannot be read."""
     try:
         document = json.loads((layout / "index.json").read_bytes())
         return [Descriptor.from_json(entry) for entry in document["manifests"]]

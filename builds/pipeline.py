@@ -7,29 +7,30 @@ what makes a repeated run short.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from . import compile as compiling
 from . import engine as engines
+from . import http, lab, matrix, oci, registry, userspace, verify
 from . import image as packing
-from . import lab, matrix, oci, registry, sources, userspace, verify
 from . import plan as planning
+from . import push as pushing
 from .cache import Cache, disk_errors, locked, remove, write_atomically
 from .console import Reporter, human_size, human_time
-from .errors import ConfigurationError, InfrastructureError
+from .errors import ConfigurationError, InfrastructureError, VerificationError
 from .matrix import Matrix
 from .model import Arch, Cell, ModuleType
 from .oci import Image
 from .plan import Inputs, Plan
-from .record import Record
+from .push import Pushed
+from .record import RECORD, Record
 from .settings import Settings, resolve
 
-RECORD = "record.json"
+PUSHED = "push.json"
 _STEPS = "steps.json"
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# made by gardenlinux-nvidia-builds, which may empty this folder\n"
 """Content of CACHEDIR.TAG: its first line is what backup tools know, its second is ours."""
@@ -61,10 +62,13 @@ class Run:
         return self.out / "logs"
 
 
-def start(cell: Cell, options: Mapping[str, str], report: Reporter) -> Run:
-    """Work out the surroundings of a cell. Raises ConfigurationError for a cell that no matrix has."""
+def start(cell: Cell, options: Mapping[str, str], report: Reporter, defaults: Mapping[str, str] | None = None) -> Run:
+    """Work out the surroundings of a cell; ``defaults`` go before what its matrix file sets, by variable.
+
+    Raises ConfigurationError for a cell that no matrix has.
+    """
     of = matrix.matrix_of(cell)
-    settings = resolve(of.settings, options)
+    settings = resolve({**of.settings, **(defaults or {})}, options)
     for folder in (settings.cache_dir, settings.out_dir):
         with disk_errors(folder.name, folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +88,7 @@ def make_inputs(runs: Iterable[Run], *, refresh: bool) -> None:
                 raise ConfigurationError(
                     f"cell {run.cell}",
                     "its inputs are not the lab's to make",
-                    got=f"{run.settings.gl_registry} and {run.settings.nvidia_base_url}",
+                    got=http.public(f"{run.settings.gl_registry} and {run.settings.nvidia_base_url}"),
                     hint="the lab makes those of the cells in builds/lab.yaml",
                 )
         elif refresh or _missing(run):
@@ -105,7 +109,7 @@ def plan(run: Run) -> tuple[Plan, Inputs]:
 
 def build_driver(run: Run) -> Plan:
     """Compile the modules of both types, where rules allow; leaves them in ``out/<cell>/modules/``."""
-    with _phase(run, "build-driver"):
+    with phase(run, "build-driver"):
         made, inputs = _planned(run)
         _driver(run, made, inputs)
     return made
@@ -116,7 +120,7 @@ def build_image(run: Run) -> Image:
 
     Raises ConfigurationError where the plan's modules are nowhere to be found.
     """
-    with _phase(run, "build-image"):
+    with phase(run, "build-image"):
         made, inputs = _planned(run)
         for module_type, key in made.modules.items():
             if not compiling.adopt(key, run.out / "modules" / module_type, run.cache):
@@ -130,71 +134,39 @@ def build_image(run: Run) -> Image:
 
 def build(run: Run) -> Image:
     """Compile and pack."""
-    with _phase(run, "build"):
+    with phase(run, "build"):
         return _build(run)[2]
 
 
 def verify_cell(run: Run) -> Record:
     """Prove the cell's image right; builds first what the plan lacks. Raises VerificationError where it is not."""
-    with _phase(run, "verify"):
-        made, inputs, image = _build(run)
-        return _verify(run, made, inputs, image, run.out, f'nox -s "verify({run.cell})"')
+    with phase(run, "verify"):
+        return verify_built(run, run.out, repeat_line(run.cell))
 
 
-def verify_image(reference: str, cell: Cell | None, options: Mapping[str, str], report: Reporter) -> Record:
-    """Prove an image right that may come from anywhere; builds nothing.
+def push(run: Run) -> Pushed:
+    """Put the cell's image into the repository that IMAGE_PATH names, if its record lets it; leaves ``push.json``.
 
-    ``reference`` is an OCI layout (``oci:<folder>[:<name>]`` or its folder) or an image in a registry; the cell
-    comes from its tag where ``cell`` does not say it.
+    Needs ``out/<cell>/image`` and ``record.json`` and nothing else, so it can be done elsewhere than the build.
+    Raises VerificationError where the image is not verified, or the repository has another under its immutable tag.
     """
-    as_layout = reference.startswith("oci:") or "/" not in reference or (Path(reference) / "oci-layout").is_file()
-    text = reference if reference.startswith("oci:") or not as_layout else f"oci:{reference}"
-    names = _names(text)
-    run = start(cell or cell_of(names), options, report)
-    image = sources.image(text, run.cell.arch, run.cache, report)
-    out = run.settings.out_dir / f"image-{image.digest[7:19]}"
-    make_inputs([run], refresh=False)
-    made, inputs = plan(run)
-    repeat = f"nox -s verify -- --image {reference} --cell {run.cell}"
-    return _verify(run, made, inputs, image, out, repeat, None if text.startswith("oci:") else names)
-
-
-def cell_of(names: Iterable[str]) -> Cell:
-    """The cell that tags speak of. Raises ConfigurationError where they fit none, or more than one."""
-    tags = [name.rpartition(":")[2] for name in names]
-    told = [cells for tag in tags if (cells := _cells_of(tag))]
-    fitting = set.intersection(*told) if told else set()
-    if len(fitting) != 1:
-        raise ConfigurationError(
-            "image",
-            "its tag does not say which cell it is of",
-            got=", ".join(sorted(map(str, fitting)) or tags) or "no tag",
-            hint="name the cell: -- --image … --cell <cell id>",
-        )
-    return fitting.pop()
-
-
-def _cells_of(tag: str) -> set[Cell]:
-    """The known cells that a tag fits: by driver version, or else by branch."""
-    known = [(cell, of) for of in matrix.load_all() for cell in of.cells]
-    for version in ("driver", "driver_major"):
-        fitting = {
-            cell
-            for cell, of in known
-            if tag.startswith(f"{getattr(cell, version)}-")
-            and tag.endswith((f"-{of.os_tag.format(gl=cell.gl)}", f"-{of.alias.format(gl=cell.gl)}", _plan_key(tag)))
-            and f"-{cell.arch}-" in tag
-            and ("-cloud-" in tag) == (cell.flavor == "cloud")
-        }
-        if fitting:
-            return fitting
-    return set()
-
-
-def _plan_key(tag: str) -> str:
-    """The end of an immutable tag; of any other, what no tag ends in."""
-    found = re.search(r"-[0-9a-f]{12}$", tag)
-    return found[0] if found else " "
+    with phase(run, "push"):
+        for what, path in (("has no image", run.layout / "oci-layout"), ("was not verified", run.out / RECORD)):
+            if not path.is_file():
+                raise VerificationError(
+                    f"cell {run.cell}", f"is not pushed: it {what}", got=f"no {path}", repeat=repeat_line(run.cell)
+                )
+        image = oci.find_image(run.layout)
+        made = pushing.admit(Record.read(run.out / RECORD), image, repeat_line(run.cell))
+        if made.cell != run.cell:
+            raise VerificationError(
+                f"cell {run.cell}", "is not pushed: its record is another cell's", got=str(made.cell)
+            )
+        place = registry.Reference.parse(f"{run.settings.image_path}@{image.digest}")
+        pushed = pushing.run(image, made.tags, registry.connect(place.registry, place.repository, run.report))
+        write_atomically(run.out / PUSHED, json.dumps(pushed.to_json(), indent=1) + "\n")
+        pushing.show(pushed, run.report)
+    return pushed
 
 
 def summary(runs: Iterable[Run], report: Reporter) -> None:
@@ -225,8 +197,7 @@ def _checks(run: Run, image: Image | None) -> str:
     if image is None or not (run.out / RECORD).is_file():
         return "not verified"
     record = Record.read(run.out / RECORD)
-    passed = sum(check.outcome == "passed" for check in record.checks)
-    return f"{passed} of {len(record.checks)} passed" if record.digest == image.digest else "not verified"
+    return record.summary if record.digest == image.digest else "not verified"
 
 
 def clean(settings: Settings, *, everything: bool, report: Reporter) -> None:
@@ -291,10 +262,16 @@ def _build(run: Run) -> tuple[Plan, Inputs, Image]:
 
 
 def _driver(run: Run, made: Plan, inputs: Inputs) -> None:
+    """Compile the modules where no earlier run did, and leave them in the cell's output folder."""
+    for module_type, folder in _modules(run, made, inputs).items():
+        compiling.export(folder, run.out / "modules" / module_type)
+
+
+def _modules(run: Run, made: Plan, inputs: Inputs) -> dict[ModuleType, Path]:
+    """The plan's modules: from the cache, the cell's output folder, or the compiler."""
     engine = None
     for module_type, key in made.modules.items():
-        target = run.out / "modules" / module_type
-        if not compiling.adopt(key, target, run.cache):
+        if not compiling.adopt(key, run.out / "modules" / module_type, run.cache):
             engine = engine or engines.connect()
             compiling.modules(
                 made,
@@ -306,25 +283,43 @@ def _driver(run: Run, made: Plan, inputs: Inputs) -> None:
                 logs=run.logs,
                 report=run.report,
             )
-        compiling.export(run.cache.path("modules", key), target)
+    return compiled(run, made)
+
+
+def compiled(run: Run, made: Plan) -> dict[ModuleType, Path]:
+    """The plan's modules, of those types that are compiled."""
+    return {module_type: path for module_type, key in made.modules.items() if (path := run.cache.find("modules", key))}
 
 
 def _image(run: Run, made: Plan, inputs: Inputs) -> Image:
     image = packing.find(made, run.layout)
     if image is None:
         tree = compiling.driver_tree(made, inputs, run.cache, run.report)
-        modules: dict[ModuleType, Path] = {
-            module_type: run.cache.path("modules", key) for module_type, key in made.modules.items()
-        }
         packed = userspace.layer(made, tree, run.cache, run.report)
-        image = packing.assemble(made, inputs.base, packed, modules, run.layout, run.cache, run.report)
+        image = packing.assemble(made, inputs.base, packed, compiled(run, made), run.layout, run.cache, run.report)
     _load(run, image, made)
     return image
 
 
-def _verify(
-    run: Run, made: Plan, inputs: Inputs, image: Image, out: Path, repeat: str, names: Sequence[str] | None = None
+def verify_built(run: Run, out: Path, repeat: str) -> Record:
+    """Verify the image of the cell's plan, built where it is missing, into ``out``."""
+    made, inputs, image = _build(run)
+    return hold(run, made, inputs, image, out, repeat, modules=_modules(run, made, inputs))
+
+
+def hold(
+    run: Run,
+    made: Plan,
+    inputs: Inputs,
+    image: Image,
+    out: Path,
+    repeat: str,
+    *,
+    modules: Mapping[ModuleType, Path],
+    names: Sequence[str] | None = None,
+    reference: str | None = None,
 ) -> Record:
+    """Hold an image against a plan, with the engine that answers, if one does."""
     return verify.run(
         made,
         inputs,
@@ -334,8 +329,15 @@ def _verify(
         out=out,
         report=run.report,
         repeat=repeat,
+        modules=modules,
         names=names,
+        reference=reference,
     )
+
+
+def repeat_line(cell: Cell) -> str:
+    """The command that builds what a cell lacks, and verifies it."""
+    return f'nox -s "verify({cell})"'
 
 
 def _load(run: Run, image: Image, made: Plan) -> None:
@@ -354,17 +356,8 @@ def _engine_if_any(run: Run) -> engines.Engine | None:
         return None
 
 
-def _names(reference: str) -> tuple[str, ...]:
-    """The full names that a reference gives an image."""
-    if not reference.startswith("oci:"):
-        registry.Reference.parse(reference)
-        return (reference.partition("@")[0],)
-    folder, name = sources.split_layout(reference.removeprefix("oci:"))
-    return oci.names_of(folder, oci.find_image(folder, name).digest)
-
-
 @contextmanager
-def _phase(run: Run, name: str) -> Iterator[None]:
+def phase(run: Run, name: str) -> Iterator[None]:
     """One session's work on a cell: under the cell's lock, with its steps' times kept for the summary."""
     before = len(run.report.steps)
     with (
@@ -376,7 +369,8 @@ def _phase(run: Run, name: str) -> Iterator[None]:
             yield
         finally:
             took = {**_phases(run), name: [asdict(step) for step in run.report.steps[before:]]}
-            write_atomically(run.out / _STEPS, json.dumps(took, indent=1))
+            with suppress(InfrastructureError):  # times are worth less than the error that led here
+                write_atomically(run.out / _STEPS, json.dumps(took, indent=1))
 
 
 def _phases(run: Run) -> dict[str, list[dict[str, Any]]]:

@@ -9,6 +9,8 @@ from .cache import recipe
 
 HERE = Path(__file__).parent
 INSTALLER = HERE / "installer"
+INSTALLER_PARTS = tuple(sorted(path for path in INSTALLER.rglob("*") if path.suffix in ("", ".sh") and path.is_file()))
+"""What an image gets of the installer: the entry point, and the parts that it sources."""
 
 DRIVER_TREE = recipe(HERE / "runfile.py", HERE / "tars.py")
 CONFTEST = recipe(HERE / "compile.sh")
@@ -19,10 +21,16 @@ USER_SPACE = recipe(
     layer=LAYER,
 )
 MODULE_LAYER = recipe(HERE / "image.py", HERE / "paths.py", HERE / "model.py", layer=LAYER)
+CHECKS = recipe(
+    *sorted((HERE.parent / "tests" / "image").glob("*.py")),
+    *(HERE / f"{name}.py" for name in ("kmod", "manifest", "model", "oci", "paths", "rootfs", "userspace", "verify")),
+    *INSTALLER_PARTS,
+)
+"""The checks of an image, and what they take their expectations from."""
 IMAGE = recipe(
     HERE / "image.py",
     HERE / "paths.py",
     HERE / "model.py",
-    *sorted(path for path in INSTALLER.rglob("*") if path.is_file() and "__pycache__" not in path.parts),
+    *INSTALLER_PARTS,
     layer=LAYER,
 )

@@ -19,6 +19,9 @@ import jsonschema
 from .cache import write_atomically
 from .errors import VerificationError
 
+RECORD, JUNIT = "record.json", "junit.xml"
+"""What a verification leaves."""
+
 SCHEMA = Path(__file__).parent / "schema" / "record.json"
 
 
@@ -45,6 +48,8 @@ class CheckResult:
     message: str
     """Why it failed or was not run; empty for a pass."""
     seconds: float
+    required: bool = True
+    """Whether the image is not passed without it; else it may be ``not run``, never failed."""
 
     @property
     def group(self) -> str:
@@ -74,11 +79,23 @@ class Record:
     """Version of whatever took part; ``checks`` is the digest of the checks themselves."""
     repeat: str
     """The command that repeats the verification."""
+    reference: str | None = None
+    """What ``--image`` named; None where the image was built from its plan."""
 
     @property
     def passed(self) -> bool:
-        """Whether there are checks and every one passed: one that was not run proves nothing."""
-        return bool(self.checks) and all(check.outcome is Outcome.PASSED for check in self.checks)
+        """Whether checks passed and none failed, nor any that is required was not run: that proves nothing."""
+        return bool(self.of(Outcome.PASSED)) and not self.of(Outcome.FAILED) and not self.missing
+
+    @property
+    def summary(self) -> str:
+        """How many checks passed, in words."""
+        return f"{len(self.of(Outcome.PASSED))} of {len(self.checks)} passed"
+
+    @property
+    def missing(self) -> tuple[CheckResult, ...]:
+        """The required checks that were not run."""
+        return tuple(check for check in self.of(Outcome.NOT_RUN) if check.required)
 
     def of(self, outcome: Outcome) -> tuple[CheckResult, ...]:
         """The checks that came out so."""
@@ -106,11 +123,19 @@ class Record:
             ),
             tools=document["tools"],
             repeat=document["repeat"],
+            reference=document["reference"],
         )
         if record.passed != document["passed"]:
             raise VerificationError(
                 "record", "its verdict does not follow from its checks", got=str(document["passed"])
             )
+        for check in record.of(Outcome.PASSED):
+            if check.found != check.expected:
+                raise VerificationError(
+                    "record",
+                    f"{check.name} cannot have passed: what was found is not what was expected",
+                    got=json.dumps(check.found)[:100],
+                )
         return record
 
     @classmethod
@@ -120,14 +145,17 @@ class Record:
             document = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise VerificationError(f"record {path}", "cannot be read", got=str(error)) from error
-        return cls.from_json(document)
+        try:
+            return cls.from_json(document)
+        except VerificationError as error:
+            raise VerificationError(f"record {path}", error.fact, got=error.got) from error
 
     def write(self, folder: Path) -> None:
-        """Write ``record.json`` and ``junit.xml`` to a folder."""
+        """Write the record and its JUnit form to a folder."""
         document = json.loads(json.dumps(self.to_json()))
         self.from_json(document)
-        write_atomically(folder / "junit.xml", junit(self))
-        write_atomically(folder / "record.json", json.dumps(document, indent=1, sort_keys=True) + "\n")
+        write_atomically(folder / JUNIT, junit(self))
+        write_atomically(folder / RECORD, json.dumps(document, indent=1, sort_keys=True) + "\n")
 
 
 @dataclass(frozen=True)
@@ -138,6 +166,8 @@ class Count:
     passed: int
     failed: int
     not_run: int
+    skipped: int
+    """Of those that were not run, the ones that are not required."""
     seconds: float
 
 
@@ -156,10 +186,56 @@ def counts(checks: Iterable[CheckResult]) -> tuple[Count, ...]:
             number(members, Outcome.PASSED),
             number(members, Outcome.FAILED),
             number(members, Outcome.NOT_RUN),
+            sum(check.outcome is Outcome.NOT_RUN and not check.required for check in members),
             sum(check.seconds for check in members),
         )
         for group, members in groups.items()
     )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something that two records say differently, as JSON; None where one of them does not say it."""
+
+    what: str
+    old: Any
+    new: Any
+
+
+def differences(old: Record, new: Record) -> tuple[Difference, ...]:
+    """Where two verifications differ in image, plan or outcome. Times, tools and where they ran do not count."""
+    return _compare(_substance(old), _substance(new))
+
+
+def tool_differences(old: Record, new: Record) -> tuple[Difference, ...]:
+    """Where two verifications were done with other versions of the tools."""
+    return _compare(_leaves("tools", old.tools), _leaves("tools", new.tools))
+
+
+def _substance(record: Record) -> dict[str, Any]:
+    """What a record says of its image, by name."""
+    return {
+        "digest": record.digest,
+        "size": record.size,
+        "cell": record.cell,
+        **_leaves("plan", json.loads(json.dumps(record.plan))),
+        **{
+            check.name: {"outcome": str(check.outcome), "expected": check.expected, "found": check.found}
+            for check in record.checks
+        },
+    }
+
+
+def _leaves(name: str, value: Any) -> dict[str, Any]:
+    """A JSON value taken apart: each innermost value by its path."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    return {path: leaf for key, item in value.items() for path, leaf in _leaves(f"{name}.{key}", item).items()}
+
+
+def _compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Difference, ...]:
+    names = dict.fromkeys((*old, *new))
+    return tuple(Difference(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name))
 
 
 def junit(record: Record) -> bytes:
@@ -176,16 +252,16 @@ def junit(record: Record) -> bytes:
             name=count.group,
             tests=str(len(members)),
             failures=str(count.failed),
-            errors=str(count.not_run),
-            skipped="0",
+            errors=str(count.not_run - count.skipped),
+            skipped=str(count.skipped),
             time=f"{count.seconds:.3f}",
         )
         for check in members:
             name = check.name.removeprefix(f"{check.group}.")
             case = ET.SubElement(suite, "testcase", classname=check.group, name=name, time=f"{check.seconds:.3f}")
             if check.outcome is not Outcome.PASSED:
-                # To CI systems a skipped case looks like a pass; one that was not run must not.
-                tag = "failure" if check.outcome is Outcome.FAILED else "error"
+                # To CI systems a skipped case looks like a pass; one that had to be run and was not must not.
+                tag = "failure" if check.outcome is Outcome.FAILED else "error" if check.required else "skipped"
                 verdict = ET.SubElement(case, tag, message=_clean(check.message or check.outcome), type=check.outcome)
                 verdict.text = _clean(
                     f"expected: {json.dumps(check.expected)}\nfound: {json.dumps(check.found)}\nrepeat: {record.repeat}"

@@ -29,9 +29,10 @@ class DriverPackage:
     """In bytes."""
 
 
-def image(reference: str, arch: Arch, cache: Cache, report: Reporter) -> oci.Image:
+def image(reference: str, arch: Arch | None, cache: Cache, report: Reporter) -> oci.Image:
     """The image that a reference names: ``oci:<folder>[:<name>]`` or one in a registry.
 
+    ``arch`` picks one of several; with None whatever it names is taken, as long as there is but one.
     Raises ConfigurationError where there is no such image, InfrastructureError where nobody can say.
     """
     if reference.startswith("oci:"):
@@ -95,31 +96,36 @@ def _download(url: str, target: Path, report: Reporter) -> Path:
             return target
         temporary = target.with_name(target.name + ".part")
         try:
-            with http.prepare(requests.Session()) as session, session.get(url, stream=True) as response:
-                if response.status_code == 404:
-                    raise ConfigurationError(
-                        url, "there is no such driver package", got="404 Not Found", hint="is the version right?"
-                    )
-                if response.status_code != 200:
-                    raise InfrastructureError(
-                        url, "the server refuses", got=f"{response.status_code} {response.reason}"
-                    )
-                promised = int(response.headers.get("Content-Length", 0)) or None
-                with report.bytes(f"download {target.name}", promised) as advance:
-                    written = _spill(response, temporary, advance)
+            http.retrying(f"download {target.name}", report.say)(_fetch, url, temporary, report)
         except requests.RequestException as error:
             raise InfrastructureError(
-                url,
-                "cannot be downloaded",
-                got=f"{type(error).__name__}: {error}"[:200],
+                http.public(url),
+                "the server keeps failing" if error.response is not None else "cannot be downloaded",
+                got=http.reason(error),
                 hint="NVIDIA_BASE_URL names another URL, a folder, or a package file",
             ) from error
-        if promised and written != promised:
-            raise InfrastructureError(
-                url, f"the download ended early: {promised} bytes were promised", got=f"{written} bytes"
-            )
         temporary.rename(target)
         return target
+
+
+def _fetch(url: str, target: Path, report: Reporter) -> None:
+    """One try at a download, with status and length checked."""
+    place = http.public(url)
+    with http.prepare(requests.Session()) as session, session.get(url, stream=True) as response:
+        http.check(response)
+        if response.status_code == 404:
+            raise ConfigurationError(
+                place, "there is no such driver package", got="404 Not Found", hint="is the version right?"
+            )
+        if response.status_code != 200:
+            raise InfrastructureError(place, "the server refuses", got=http.status(response))
+        promised = int(response.headers.get("Content-Length", 0)) or None
+        with report.bytes(f"download {target.name}", promised) as advance:
+            written = _spill(response, target, advance)
+    if promised and written != promised:
+        raise InfrastructureError(
+            place, f"the download ended early: {promised} bytes were promised", got=f"{written} bytes"
+        )
 
 
 def _spill(response: requests.Response, target: Path, advance: Callable[[int], None]) -> int:

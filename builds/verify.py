@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -23,27 +24,27 @@ from typing import Any
 import requests
 from docker.errors import DockerException
 
-from . import __version__, kmod, oci
+from . import __version__, kmod, oci, recipes
 from . import compile as compiling
 from . import engine as engines
-from .cache import Cache, disk_errors, key_of, recipe, write_atomically
-from .console import Reporter
+from .cache import Cache, disk_errors, key_of, write_atomically
+from .console import Reporter, shorten
 from .engine import Engine
 from .errors import BuildError, HarnessError, InfrastructureError, VerificationError
+from .model import ModuleType
 from .plan import Inputs, Plan
-from .record import CheckResult, Outcome, Record, counts
+from .record import JUNIT, RECORD, CheckResult, Outcome, Record, counts
 
 PROJECT = Path(__file__).parent.parent
 SUITES = PROJECT / "tests" / "image"
 """The checks; they come with the project, not with the package."""
 
-GROUPS = ("modules", "driver-root", "layers", "config", "tags", "runtime")
+GROUPS = ("modules", "driver-root", "installer", "layers", "config", "tags", "runtime")
 """What every verification must have checks of."""
 
 LOG = "verify.log"
 
 _SHOWN = 10  # failures that are printed; the record has all
-_WIDTH = 300  # characters of a value that are printed
 _PYTEST = {
     2: "the run of the checks was interrupted",
     3: "pytest failed within",
@@ -76,6 +77,8 @@ class Subject:
     """The driver package, unpacked."""
     base: tuple[str, ...]
     """Diff ids of the base image's layers."""
+    modules: Mapping[ModuleType, Path]
+    """Folders of the plan's modules, of those types that were compiled here."""
     vermagic: str | None
     """What modules for the kernel carry: that of an empty module compiled in the kmodbuild container."""
     engine: str | None
@@ -104,6 +107,7 @@ class Subject:
             "plan": Plan.from_json(document["plan"]),
             **{name: Path(document[name]) for name in ("layout", "symvers", "tree", "scratch")},
             **{name: tuple(document[name]) for name in ("names", "base", "groups", "private")},
+            "modules": {ModuleType(name): Path(folder) for name, folder in document["modules"].items()},
         }
         return cls(**values)
 
@@ -125,14 +129,17 @@ def run(
     out: Path,
     report: Reporter,
     repeat: str,
+    modules: Mapping[ModuleType, Path] | None = None,
     names: Sequence[str] | None = None,
+    reference: str | None = None,
     groups: Sequence[str] = GROUPS,
 ) -> Record:
     """Hold an image against a plan; leaves ``record.json``, ``junit.xml`` and ``logs/verify.log`` in ``out``.
 
-    ``names`` are the full names under which the image was found; None: those that its layout gives it, and then all
-    names of the plan must be there. Without an engine the checks that run something are not run, nor are those that
-    are not in ``groups``; a check that was not run is no pass.
+    ``modules`` are the folders of the plan's modules as far as they were compiled here. ``names`` are the full names
+    under which the image was found; None: those that its layout gives it, and then all names of the plan must be
+    there. ``reference`` is what the user called the image. Without an engine the checks that run something are not
+    run, nor are those that are not in ``groups``; a check that was not run is no pass.
     Raises, after the record is written, VerificationError where a check failed, and InfrastructureError where none
     failed but not all could be run.
     """
@@ -141,12 +148,11 @@ def run(
             "verify", f"the checks are missing: {SUITES}", hint="run it in a checkout of the project"
         )
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    for stale in ("record.json", "junit.xml"):
-        (out / stale).unlink(missing_ok=True)
+    _drop_stale(out, image.digest)
     missing: list[str] = []
     vermagic = None
     try:
-        vermagic = reference(plan, inputs, engine=engine, cache=cache, report=report).one("vermagic")
+        vermagic = reference_module(plan, inputs, engine=engine, cache=cache, report=report).one("vermagic")
     except InfrastructureError as error:
         missing.append(_first_line(error))
     tree = compiling.driver_tree(plan, inputs, cache, report)
@@ -154,12 +160,13 @@ def run(
         subject = Subject(
             layout=image.layout.absolute(),
             digest=image.digest,
-            names=tuple(names if names is not None else oci.names_of(image.layout, image.digest)),
+            names=tuple(names if names is not None else oci.full_names_of(image.layout, image.digest)),
             complete=names is None,
             plan=plan,
             symvers=inputs.symvers.absolute(),
             tree=tree.absolute(),
             base=tuple(layer.diff_id for layer in inputs.base.layers),
+            modules=dict(modules or {}),
             vermagic=vermagic,
             engine=engine.url if engine else None,
             loaded=loaded,
@@ -178,9 +185,10 @@ def run(
             checks=checks,
             tools=_tools(engine),
             repeat=repeat,
+            reference=reference,
         )
         record.write(out)
-        step.note(f"{len(record.of(Outcome.PASSED))} of {len(checks)} checks passed")
+        step.note(record.summary)
     show(record, report)
     _judge(record)
     return record
@@ -200,18 +208,21 @@ def show(record: Record, report: Reporter) -> None:
     for check in failed[:_SHOWN]:
         report.say(f"failed: {check.name}", style="red")
         if check.message:
-            report.say(f"  {_short(check.message)}")
+            report.say(f"  {shorten(check.message)}")
         if (check.expected, check.found) != (None, None):
-            report.say(f"  expected: {_short(check.expected)}")
-            report.say(f"  found:    {_short(check.found)}")
+            report.say(f"  expected: {shorten(check.expected)}")
+            report.say(f"  found:    {shorten(check.found)}")
     for check in not_run[:_SHOWN]:
-        report.say(f"not run: {check.name}: {_short(check.message)}", style="yellow")
+        optional = "" if check.required else " (not required)"
+        report.say(f"not run{optional}: {check.name}: {shorten(check.message)}", style="yellow")
     for kind, found in (("failed", failed), ("were not run", not_run)):
         if len(found) > _SHOWN:
             report.say(f"… {len(found) - _SHOWN} more {kind}; record.json has them all")
 
 
-def reference(plan: Plan, inputs: Inputs, *, engine: Engine | None, cache: Cache, report: Reporter) -> kmod.Module:
+def reference_module(
+    plan: Plan, inputs: Inputs, *, engine: Engine | None, cache: Cache, report: Reporter
+) -> kmod.Module:
     """An empty module compiled in the kmodbuild container: what any module for this kernel has in common.
 
     Compiled once per kernel build and compiler. Raises InfrastructureError without an engine that can, BuildError
@@ -245,6 +256,23 @@ def reference(plan: Plan, inputs: Inputs, *, engine: Engine | None, cache: Cache
     return kmod.read_module("empty.ko", (folder / "empty.ko").read_bytes())
 
 
+def _drop_stale(out: Path, digest: str) -> None:
+    """Remove a record of other bytes. One of the same image stands until this run replaces it: it is still true."""
+    try:
+        stale = Record.read(out / RECORD).digest != digest
+    except VerificationError:
+        stale = True
+    if stale:
+        for name in (RECORD, JUNIT):
+            (out / name).unlink(missing_ok=True)
+
+
+def known_checks() -> frozenset[str]:
+    """Ids of all checks there are, as the suites mark them."""
+    marks = (re.findall(r'mark\.check\("([a-z.-]+)"', path.read_text()) for path in SUITES.glob("test_*.py"))
+    return frozenset(name for found in marks for name in found)
+
+
 def trouble(status: int) -> str | None:
     """Why a run of pytest with this status says nothing of the checks that it did not report; None if it is whole."""
     if status in (0, 1):
@@ -276,7 +304,7 @@ def _not_run(check: str, thing: str, why: str) -> CheckResult:
 
 
 def _judge(record: Record) -> None:
-    failed, not_run = record.of(Outcome.FAILED), record.of(Outcome.NOT_RUN)
+    failed, not_run = record.of(Outcome.FAILED), record.missing
     first = [check.name for check in (failed or not_run)[:3]]
     subject, total = f"image {record.digest[:19]} of {record.cell}", len(record.checks)
     if failed:
@@ -406,16 +434,10 @@ def _environment(engine: Engine | None) -> dict[str, str]:
 
 def _tools(engine: Engine | None) -> dict[str, str]:
     packages = {name: metadata.version(name) for name in ("pytest", "pytest-testinfra", "pyelftools")}
-    sources = sorted(SUITES.glob("*.py"))
     return {
         "harness": __version__,
-        "checks": recipe(*sources, Path(kmod.__file__), Path(__file__)),
+        "checks": recipes.CHECKS,
         "python": platform.python_version(),
         **packages,
         "engine": engine.version if engine else "none",
     }
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= _WIDTH else text[:_WIDTH] + " …"

@@ -87,6 +87,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "elf": lambda: expected.elves,
         "library": lambda: expected.libraries,
         "program": lambda: expected.programs,
+        "part": lambda: expected.installer,
     }
     for name in set(metafunc.fixturenames) & objects.keys():
         values = objects[name]()
@@ -113,7 +114,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     seconds = item.stash[_SECONDS] = item.stash.get(_SECONDS, 0.0) + call.duration
     problem = item.stash[_PROBLEM] = item.stash.get(_PROBLEM, None) or _problem(item, call)
     if call.when == "teardown":
-        _tell(item.config, asdict(CheckResult(*_name(item), *(problem or _pass(item)), round(seconds, 3))))
+        result = CheckResult(*_name(item), *(problem or _pass(item)), round(seconds, 3), _is_required(item))
+        _tell(item.config, asdict(result))
     return report
 
 
@@ -190,6 +192,12 @@ def _name(item: pytest.Item) -> tuple[str, str]:
         raise pytest.UsageError(f"{item.nodeid} does not say which check it is")
     callspec = getattr(item, "callspec", None)
     return str(marker.args[0]), str(callspec.id) if callspec else ""
+
+
+def _is_required(item: pytest.Item) -> bool:
+    """Whether an image cannot pass without the check; where it can, its mark says ``required=False``."""
+    marker = item.get_closest_marker("check")
+    return bool(marker is None or marker.kwargs.get("required", True))
 
 
 def _tell(config: pytest.Config, event: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import zstandard
 
-from builds import kmod, oci, paths, userspace
+from builds import kmod, oci, paths, recipes, userspace
 from builds.cache import CHUNK
 from builds.errors import BuildError
 from builds.kmod import Elf, Export, Module
@@ -43,6 +43,15 @@ class ModuleRef:
 
     def __str__(self) -> str:
         return f"{self.type}/{self.name}.ko"
+
+
+@dataclass(frozen=True)
+class InstallerPart:
+    """One file of the installer: where it is in an image, and what it is."""
+
+    dest: str
+    mode: int
+    data: bytes
 
 
 class Expected:
@@ -88,6 +97,21 @@ class Expected:
     def programs(self) -> tuple[Placed, ...]:
         """The tools: programs and scripts."""
         return tuple(one for one in self.files if one.dest.startswith("usr/bin/"))
+
+    @functools.cached_property
+    def installer(self) -> tuple[InstallerPart, ...]:
+        """The installer's files: the project's own sources, and the facts that they need, by the plan."""
+        plan = self.plan
+        facts = f"DRIVER_VERSION={plan.cell.driver}\nTRIPLET={plan.cell.arch.triplet}\n"
+        return (
+            *(
+                InstallerPart(paths.ENTRYPOINT, 0o755, path.read_bytes())
+                if path.name == "nvidia-driver"
+                else InstallerPart(f"{paths.INSTALLER}/{path.name}", 0o644, path.read_bytes())
+                for path in recipes.INSTALLER_PARTS
+            ),
+            InstallerPart(f"{paths.INSTALLER}/release.env", 0o644, facts.encode()),
+        )
 
     def head(self, one: Placed) -> bytes:
         """The first bytes of a file, from the driver package."""
@@ -184,6 +208,7 @@ class Found:
 class LayerFacts:
     """One layer as it is stored."""
 
+    descriptor: oci.Descriptor
     diff_id: str
     """Of its bytes, uncompressed."""
     members: tuple[tarfile.TarInfo, ...]
@@ -223,4 +248,4 @@ def _layer_facts(image: oci.Image, layer: oci.Layer) -> LayerFacts:
                 pass
     except UNREADABLE as error:
         raise BuildError(f"layer {layer.descriptor.digest}", "cannot be read", got=str(error)) from error
-    return LayerFacts(f"sha256:{hashing.hash.hexdigest()}", members)
+    return LayerFacts(layer.descriptor, f"sha256:{hashing.hash.hexdigest()}", members)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import posixpath
+import re
 import stat
 
 import pytest
@@ -12,7 +14,13 @@ from builds import oci, paths
 from builds.errors import BuildError
 
 from .conftest import Compare
-from .evidence import Found
+from .evidence import Expected, Found
+
+_MAGIC = {
+    b"\x28\xb5\x2f\xfd": oci.LAYER_ZSTD,
+    b"\x1f\x8b": oci.LAYER_GZIP,
+}
+"""First bytes of a compressed layer, and what it is to be called."""
 
 _OURS = (paths.DRIVER_ROOT, paths.MODULES, paths.INSTALLER)
 
@@ -35,6 +43,71 @@ def test_blobs(image: oci.Image, compare: Compare) -> None:
 @pytest.mark.check("layers.diff-ids")
 def test_diff_ids(found: Found, compare: Compare) -> None:
     compare([layer.diff_id for layer in found.layers], found.image.config["rootfs"]["diff_ids"])
+
+
+@pytest.mark.check("layers.media-types")
+def test_media_types(found: Found, compare: Compare) -> None:
+    """Each blob is what it is called: a runtime unpacks a layer by its name, not by its bytes."""
+    layout, wanted = found.image.layout, []
+    for layer in found.image.layers:
+        with oci.blob_path(layout, layer.descriptor.digest).open("rb") as stream:
+            head = stream.read(4)
+        wanted.append(next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), oci.LAYER_TAR))
+    manifest = found.image.manifest
+    compare([layer["mediaType"] for layer in manifest["layers"]], wanted)
+    compare(
+        [manifest.get("schemaVersion"), manifest.get("mediaType"), manifest["config"]["mediaType"]],
+        [2, oci.MANIFEST, oci.CONFIG],
+    )
+
+
+@pytest.mark.check("layers.manifest")
+def test_manifest(found: Found, compare: Compare) -> None:
+    """It says what the image is made of and nothing else: no annotations, no blobs from foreign places."""
+    manifest = found.image.manifest
+    compare(sorted(manifest), ["config", "layers", "mediaType", "schemaVersion"])
+    more = {name for blob in (manifest["config"], *manifest["layers"]) for name in blob}
+    compare(more, {"digest", "mediaType", "size"})
+
+
+@pytest.mark.check("layers.index")
+def test_index(found: Found, expected: Expected, compare: Compare) -> None:
+    """The layout says of the image what is true: size, kind and architecture, by which tools choose and copy."""
+    image = found.image
+    version = json.loads((image.layout / "oci-layout").read_text()).get("imageLayoutVersion")
+    compare(version, "1.0.0")
+    entries = [entry for entry in oci.index_entries(image.layout) if entry.digest == image.digest]
+    said = [(entry.media_type, entry.size, entry.architecture or expected.plan.cell.arch) for entry in entries]
+    true = (oci.MANIFEST, oci.blob_path(image.layout, image.digest).stat().st_size, expected.plan.cell.arch)
+    compare(said, [true] * len(entries))
+
+
+@pytest.mark.check("layers.order")
+def test_order(found: Found, compare: Compare) -> None:
+    """Above the base: user space, modules, installer, a layer each, so that images share what they have in common."""
+    told = [
+        sorted({_part(member.name) for member in layer.members if not member.isdir()})
+        for layer in found.layers[found.bases :]
+    ]
+    compare(told, [["user space"], ["modules"], ["installer"]])
+
+
+@pytest.mark.check("layers.kinds")
+def test_kinds(found: Found, compare: Compare) -> None:
+    """Files, folders and symlinks only, under plain names: no devices, no hard links, nothing that leads elsewhere."""
+    members = found.members
+    compare(bool(members), True, "there is nothing above the base")
+    odd = [member.name for member in members if not (member.isreg() or member.isdir() or member.issym())]
+    compare(odd + [member.name for member in members if member.name != _plain(member.name)], [])
+
+
+@pytest.mark.check("layers.attributes")
+def test_attributes(found: Found, compare: Compare) -> None:
+    """No extended attributes: a capability is as good as setuid, and access lists go round the permissions."""
+    members = found.members
+    compare(bool(members), True, "there is nothing above the base")
+    said = {f"{member.name} {key}" for member in members for key in member.pax_headers}
+    compare([text for text in said if re.search(r" .*(xattr|acl)", text, re.IGNORECASE)], [])
 
 
 @pytest.mark.check("layers.base")
@@ -71,9 +144,12 @@ def test_replaced(found: Found, compare: Compare) -> None:
 def test_owner(found: Found, compare: Compare) -> None:
     members = found.members
     compare(bool(members), True, "there is nothing above the base")
-    compare(
-        [f"{member.name} {member.uid}:{member.gid}" for member in members if (member.uid, member.gid) != (0, 0)], []
-    )
+    foreign = [
+        f"{member.name} {member.uid}:{member.gid} {member.uname}:{member.gname}"
+        for member in members
+        if (member.uid, member.gid) != (0, 0) or not {member.uname, member.gname} <= {"", "root"}
+    ]
+    compare(foreign, [])
 
 
 @pytest.mark.check("layers.times")
@@ -95,6 +171,16 @@ def test_permissions(found: Found, compare: Compare) -> None:
     )
 
 
+@pytest.mark.check("layers.modes")
+def test_modes(found: Found, compare: Compare) -> None:
+    """What everybody on the node and in its containers must read, everybody may read; nobody but root may write."""
+    members = [member for member in found.members if not member.issym()]
+    compare(bool(members), True, "there is nothing above the base")
+    allowed = {True: (0o755,), False: (0o644, 0o755)}
+    odd = [f"{one.name} {oct(one.mode)}" for one in members if one.mode & 0o7777 not in allowed[one.isdir()]]
+    compare(odd, [])
+
+
 @pytest.mark.check("layers.places")
 def test_places(found: Found, compare: Compare) -> None:
     """Everything above the base is in a place of ours."""
@@ -104,3 +190,17 @@ def test_places(found: Found, compare: Compare) -> None:
         if not node.is_dir and node.path != paths.ENTRYPOINT and not node.path.startswith(tuple(f"{o}/" for o in _OURS))
     ]
     compare(elsewhere, [])
+
+
+def _plain(name: str) -> str:
+    """A name without what means nothing, or leads elsewhere."""
+    return posixpath.normpath(f"/{name}").lstrip("/")
+
+
+def _part(name: str) -> str:
+    """Which part of an image a path belongs to."""
+    path = _plain(name)
+    places = {"user space": paths.DRIVER_ROOT, "modules": paths.MODULES, "installer": paths.INSTALLER}
+    if path == paths.ENTRYPOINT:
+        return "installer"
+    return next((part for part, place in places.items() if path.startswith(f"{place}/")), f"/{path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import stat
 
@@ -95,6 +96,29 @@ def test_source(module: ModuleRef, found: Found, expected: Expected, compare: Co
     folders = {match.decode() for match in re.findall(rb"/src/(kernel[a-z-]*)/", data)}
     wanted = {module.type.source_folder} if module.name != "nvidia-peermem" else set()
     compare(folders, wanted)
+
+
+@pytest.mark.check("modules.bytes", required=False)
+def test_bytes(module: ModuleRef, found: Found, expected: Expected, compare: Compare) -> None:
+    """It is what was compiled by the plan, to the bit. Only where it was compiled can that be seen."""
+    folder = expected.subject.modules.get(module.type)
+    if folder is None:
+        raise InfrastructureError("compiled modules", "those of the plan are not on this machine")
+    data = found.file(f"{expected.set_folder}/{module}").read()
+    with (folder / f"{module.name}.ko").open("rb") as stream:
+        wanted = hashlib.file_digest(stream, "sha256").hexdigest()
+    compare(hashlib.sha256(data).hexdigest(), wanted, "sha256: not the module that was compiled")
+
+
+@pytest.mark.check("modules.build-paths")
+def test_build_paths(module: ModuleRef, found: Found, expected: Expected, compare: Compare) -> None:
+    """It names no source on the machine that compiled it: the same sources give the same bytes anywhere."""
+    data = found.file(f"{expected.set_folder}/{module}").read()
+    named = {match[0].decode() for match in _SOURCES.finditer(data)}
+    compare(named | {path for path in expected.subject.private if path.encode() in data}, [])
+
+
+_SOURCES = re.compile(rb"/(?:home|root|tmp|var/tmp|Users|workspace|github|runner)/[\x21-\x7e]+?\.[chSo]\b")
 
 
 @pytest.mark.check("modules.name")

@@ -27,6 +27,15 @@ def test_expected(kind: str, expected: Expected, compare: Compare) -> None:
     compare(names if due else [], [f"{expected.plan.image_path}:{wanted[kind]}"] if due else [])
 
 
+@pytest.mark.check("tags.plan")
+@pytest.mark.parametrize("kind", _KINDS)
+def test_plan(kind: str, expected: Expected, compare: Compare) -> None:
+    """A push sets the tags of the plan: they are its due, and no others. Where two are spelled alike one stands."""
+    wanted, planned = _oracle(expected.plan), {str(tag.kind): tag.name for tag in expected.plan.tags}
+    compare(sorted(planned.values()), sorted(set(wanted.values())))
+    compare(planned.get(kind, wanted.get(kind)), wanted.get(kind))
+
+
 @pytest.mark.check("tags.unexpected")
 def test_unexpected(expected: Expected, compare: Compare) -> None:
     """Every name it has ends in a tag of this cell, spelled out."""

@@ -24,6 +24,8 @@ from builds.oci import Image
 from builds.plan import Inputs, Plan
 from builds.settings import SELECTION, SETTINGS
 
+from . import registries
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -71,6 +73,12 @@ def built(out: Path) -> Built:
 def built_with_rule(out: Path) -> Built:
     """The lab cell of which a rule leaves one module type out."""
     return _build(Cell.parse("550.163.01-debian13-amd64-cloud"), out)
+
+
+@pytest.fixture(scope="session")
+def registry_binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Debian's docker-registry."""
+    return registries.fetch(tmp_path_factory.mktemp("docker-registry"))
 
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]

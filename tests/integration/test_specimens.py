@@ -48,7 +48,7 @@ class Bench:
 @pytest.fixture(scope="module")
 def bench(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("specimens")
-    verify.reference(built.plan, built.inputs, engine=built.engine, cache=built.cache, report=built.report)
+    verify.reference_module(built.plan, built.inputs, engine=built.engine, cache=built.cache, report=built.report)
     sound = thaw(built.image, built.plan, len(built.inputs.base.layers), folder / "sound")
     yield Bench(built, sound, folder)
     remove(folder)

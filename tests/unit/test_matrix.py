@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from builds import matrix
 from builds.errors import ConfigurationError
@@ -44,6 +46,11 @@ def problems(tmp_path: Path, text: str) -> str:
     return str(caught.value)
 
 
+def lines(tmp_path: Path, text: str) -> list[str]:
+    """The problems alone, in the order in which they are reported."""
+    return [line.strip() for line in problems(tmp_path, text).splitlines() if line.startswith("  line ")]
+
+
 def test_the_files_of_the_project_are_sound_and_share_no_cell() -> None:
     cells = [cell for of in matrix.load_all() for cell in of.cells]
     assert len(cells) == len(set(cells))
@@ -59,39 +66,220 @@ def test_a_good_file_loads(tmp_path: Path) -> None:
     ]
 
 
-def test_an_unquoted_version_is_refused_with_its_line_and_as_it_was_written(tmp_path: Path) -> None:
-    said = problems(tmp_path, GOOD.replace('gl: "1877.10"', "gl: 1877.10"))
-    assert "line 11: releases[0].gl: must be quoted" in said
-    assert 'write "1877.10"' in said
+BAD = """\
+inputs: upstream
+os_tag: "gardenlinux0"
+alias: "gardenlinux{gl}"
+base:
+  amd64: "1877.3"
+  amd46: "1877.3"
+drivers:
+  - version: "570.172.08"
+  - version: 570.10
+  - version: "570.10"
+  - sha256: {amd64: "cafe"}
+releases:
+  - gl: 1877.10
+    arch: [amd64, amd64]
+    flavor: [cloud]
+  - gl: "1877.10"
+    arch:
+      - arm64
+      - 1877.10
+    flavour: [cloud]
+exclude:
+  - driver: "==570.*"
+    module_type: open
+    colour: red
+  - driver: 570 and up
+    kernel: 6.1
+    module_type: closed
+    reason: "            "
+  - driver: "==570.*"
+    module_type: open
+    reason: "this branch is broken"
+inputs: lab
+default: "570.172.08-1877.3-amd64-cloud"
+"""
 
 
 def test_all_problems_are_reported_in_one_go(tmp_path: Path) -> None:
-    text = GOOD.replace('"1877.3"', "1877.3").replace('    reason: "a signature changed"\n', "") + "colour: red\n"
-    said = problems(tmp_path, text)
-    assert "has 3 problems" in said
-    assert "line 5: base.amd64" in said
-    assert "line 15: exclude[0]: 'reason' is a required property" in said
-    assert "'colour' was unexpected" in said
+    assert problems(tmp_path, BAD).splitlines() == [
+        "matrix.yaml: has 21 problems",
+        "  line 6: base.amd46: is not a known key; known: amd64, arm64; did you mean amd64?",
+        '  line 9: drivers[1].version: must be quoted, or YAML reads it as 570.1: write "570.10"',
+        "  line 10: drivers[2].version: is given twice: 570.10, first on line 9 as drivers[1].version: duplicate cells",
+        "  line 11: drivers[3]: has no version",
+        "  line 11: drivers[3].sha256.amd64: is not a sha256 in 64 hexadecimal digits, got 'cafe'",
+        '  line 13: releases[0].gl: must be quoted, or YAML reads it as 1877.1: write "1877.10"',
+        "  line 14: releases[0].arch[1]: is given twice: "
+        "amd64, first on line 14 as releases[0].arch[0]: duplicate cells",
+        "  line 16: releases[1]: has no flavor",
+        "  line 16: releases[1].gl: is given twice: 1877.10, first on line 13 as releases[0].gl: duplicate cells",
+        "  line 17: releases[1].arch: has arm64, for which base names no release",
+        "  line 19: releases[1].arch[1]: must be quoted, or YAML reads it as 1877.1: "
+        "write \"1877.10\"; and is not one of amd64, arm64, got '1877.10'",
+        "  line 20: releases[1].flavour: is not a known key; known: gl, arch, flavor; did you mean flavor?",
+        "  line 22: exclude[0]: has no reason",
+        "  line 24: exclude[0].colour: is not a known key; known: driver, kernel, module_type, reason",
+        "  line 25: exclude[1].driver: is not a version range of drivers, such as ==550.*, got '570 and up'",
+        '  line 26: exclude[1].kernel: must be quoted, or YAML reads it as 6.1: write "6.1"; and is not '
+        "a version range of upstream kernels, such as >=6.12.107,<6.13 (without it: any), got '6.1'",
+        "  line 27: exclude[1].module_type: is not one of open, proprietary, got 'closed'",
+        "  line 28: exclude[1].reason: is not a reason of ten characters or more, got '            '",
+        "  line 29: exclude[2]: is given twice: "
+        "==570.* any kernel open, first on line 22 as exclude[0]: duplicate rules",
+        "  line 32: inputs: is given twice, first on line 1",
+        "  line 33: default: is not a cell of this file: 570.172.08-1877.3-amd64-cloud",
+        "hint: the rules are in builds/schema/matrix.json",
+    ]
 
 
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('"580.95.05"', '"570.172.08"', "line 9: drivers[2].version: is given twice: 570.172.08"),
-        ('driver: "==570.*"', 'driver: "570 and up"', "exclude[0].driver: is not a version range"),
-        ("[amd64]", "[arm64]", "releases[0].arch: has arm64, for which base names no release"),
-        ("[cloud]", "[cloudy]", "releases[0].flavor[0]: 'cloudy' is not one of"),
-        ("inputs: upstream", "inputs: upstream\ninputs: lab", "line 2: inputs: is given twice"),
-        ("module_type: open", "module_type: closed", "exclude[0].module_type"),
+        ('"580.95.05"', '"570.172.08"', "line 9: drivers[2].version: is given twice: 570.172.08, first on line 7"),
+        ('"580.95.05"', "570.172.08", "line 9: drivers[2].version: is given twice: 570.172.08, first on line 7"),
+        ('driver: "==570.*"', 'driver: "570 and up"', "line 15: exclude[0].driver: is not a version range"),
+        ('driver: "==570.*"', 'driver: " "', "line 15: exclude[0].driver: is not a version range"),
+        ("[amd64]", "[arm64]", "line 12: releases[0].arch: has arm64, for which base names no release"),
+        ("[cloud]", "[cloudy]", "line 13: releases[0].flavor[0]: is not one of cloud, baremetal, got 'cloudy'"),
+        ("[cloud]", "[]", "line 13: releases[0].flavor: must not be empty"),
+        ("[cloud]", "cloud", "line 13: releases[0].flavor: must be a list"),
+        ("[cloud]", "[cloud, cloud]", "line 13: releases[0].flavor[1]: is given twice: cloud, first on line 13"),
+        ("inputs: upstream", "inputs: upstream\ninputs: lab", "line 2: inputs: is given twice, first on line 1"),
+        ("module_type: open", "module_type: closed", "line 17: exclude[0].module_type: is not one of open, propr"),
+        ('  amd64: "1877.3"', '  - "1877.3"', "line 4: base: must be a mapping"),
+        ('"570.211.01"', '{major: "570"}', "line 8: drivers[1].version: must be a text"),
+        ('- version: "570.211.01"', "- 570.211", "line 8: drivers[1]: must be a mapping"),
+        ("inputs:", "settings: {IMAGE: x}\ninputs:", "line 1: settings.IMAGE: is not a known key; known: GL_REGISTRY"),
+        ('"a signature changed"', '"changed"', "line 18: exclude[0].reason: is not a reason of ten characters or more"),
+        ("drivers:", "drivers: !!omap", "line 6: drivers: has a tag, which means nothing here: tag:yaml.org,2002:omap"),
+        ("inputs:", "? [a, b]\n: c\ninputs:", "line 1: file: has a key that is no text"),
     ],
 )
 def test_a_bad_file_is_refused(old: str, new: str, said: str, tmp_path: Path) -> None:
-    assert said in problems(tmp_path, GOOD.replace(old, new))
+    (found,) = (line for line in lines(tmp_path, GOOD.replace(old, new)) if "must be quoted" not in line)
+    assert found.startswith(said)
 
 
-@pytest.mark.parametrize("text", ["", "- just\n- a list\n", "{unbalanced", "\tindented: badly"])
+@pytest.mark.parametrize(
+    ("written", "reading"),
+    [
+        ("1877.10", "1877.1"),
+        ("0100", "64"),
+        ("1_000", "1000"),
+        ("0x10", "16"),
+        ("1e3", None),
+        ("yes", "True"),
+        ("null", "null"),
+        ("2024-01-01", "a date"),
+        ("2024-99-99", "a date"),
+    ],
+)
+def test_a_scalar_that_yaml_misreads_must_be_quoted_as_it_is_written(
+    written: str, reading: str | None, tmp_path: Path
+) -> None:
+    for quoted, sound in ((written, reading is None), (f'"{written}"', True), (f"!!str {written}", True)):
+        text = GOOD.replace('os_tag: "gardenlinux0"', f"os_tag: {quoted}")
+        if sound:
+            assert matrix.load(write(tmp_path, text)).os_tag == written
+        else:
+            said = f'line 2: os_tag: must be quoted, or YAML reads it as {reading}: write "{written}"'
+            assert lines(tmp_path, text) == [said]
+        matrix.load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("570:46", 'must be quoted, or YAML reads it as 34246: write "570:46"; and is not a driver version, such as '),
+        ("!!float x", 'must be quoted, or YAML reads it as float: write "x"; and is not a driver version'),
+        ("!mine 570.10", 'must be quoted, or YAML reads it as !mine: write "570.10"'),
+        ("", "has no value"),
+    ],
+)
+def test_a_place_has_one_problem(written: str, said: str, tmp_path: Path) -> None:
+    (found,) = lines(tmp_path, GOOD.replace('"580.95.05"', written))
+    assert found.startswith(f"line 9: drivers[2].version: {said}")
+
+
+RULE = """\
+  - &rule
+    driver: "==570.*"
+    kernel: ">=6.18.41,<6.19"
+    module_type: open
+    reason: "a signature changed"
+"""
+
+
+def test_aliases_and_merge_keys_are_what_they_stand_for(tmp_path: Path) -> None:
+    text = GOOD[: GOOD.index("  - driver")] + RULE
+    loaded = matrix.load(write(tmp_path, text + '  - <<: *rule\n    driver: "==580.*"\n'))
+    assert [rule.driver for rule in loaded.rules] == ["==570.*", "==580.*"]
+    assert loaded.rules[0].reason == loaded.rules[1].reason
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("*rule", "exclude[1]: is given twice: ==570.* <6.19,>=6.18.41 open, first on line 15 as exclude[0]"),
+        (
+            '{<<: *rule, kernel: "<6.19, >=6.18.41"}',
+            "exclude[1]: is given twice: ==570.* <6.19,>=6.18.41 open, first on",
+        ),
+        ("{<<: *rule, module_type: proprietary, kernel: []}", "exclude[1].kernel: must be a text"),
+        ("{<<: [*rule, 1]}", "exclude[1].<<: is not a known key"),
+    ],
+)
+def test_an_alias_stands_where_it_is_written(entry: str, said: str, tmp_path: Path) -> None:
+    found = lines(tmp_path, GOOD[: GOOD.index("  - driver")] + RULE + f"  - {entry}\n")
+    assert any(line.startswith(f"line 20: {said}") for line in found)
+
+
+def places(part: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    yield path
+    if isinstance(part, dict | list):
+        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+            yield from places(value, (*path, key))
+
+
+@pytest.mark.parametrize("junk", [None, "", 1.5, True, [], {}, [[]], [{}], {"a": {"b": 1}}, ["x"], [None]], ids=str)
+def test_junk_is_refused_in_words_wherever_it_is_and_once(junk: object, tmp_path: Path) -> None:
+    for path in list(places(yaml.safe_load(GOOD)))[1:]:
+        document = part = yaml.safe_load(GOOD + 'default: "580.95.05-1877.10-amd64-cloud"\n')
+        for key in path[:-1]:
+            part = part[key]
+        part[path[-1]] = junk
+        if (path, junk) != (("exclude",), []):
+            found = lines(tmp_path, yaml.safe_dump(document))
+            at = [line.split(": ")[1] for line in found if "has no " not in line and "known key" not in line]
+            assert len(at) == len(set(at))
+
+
+@pytest.mark.parametrize("text", ["", "- just\n- a list\n", "{unbalanced", "\tindented: badly", "text", "1.0", "---"])
 def test_what_is_no_matrix_at_all_is_refused_in_words(text: str, tmp_path: Path) -> None:
     assert "matrix.yaml" in problems(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"inputs: \xff\xfe",
+        b"drivers: &all [*all]",
+        b"drivers: &all {<<: *all}",
+        b"&all [? *all : x]",
+        b"inputs: *nothing",
+        b'inputs: "\\UFFFFFFFF"',
+        b"[" * 5000,
+        b"a: 1\n---\nb: 2",
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_words(text: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "matrix.yaml"
+    path.write_bytes(text)
+    with pytest.raises(ConfigurationError, match=r"matrix\.yaml: cannot be read as YAML, got \S"):
+        matrix.load(path)
 
 
 def test_a_rule_bites_by_driver_and_kernel_version(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from builds import image, matrix, pipeline
+from builds import image, matrix, pipeline, recheck
 from builds import plan as planning
 from builds.errors import ConfigurationError
 from builds.kernel import Kernel
@@ -126,20 +126,20 @@ def test_the_config_starts_the_installer_and_finds_the_libraries_of_its_architec
     ],
 )
 def test_a_tag_tells_its_cell(tag: str) -> None:
-    assert pipeline.cell_of([tag]) == CELL
+    assert recheck.cell_of([tag]) == CELL
 
 
 def test_all_tags_together_tell_the_cell_where_one_alone_does_not() -> None:
     immutable = "driver:550.163.01-6.1.0-50-cloud-amd64-0123456789ab"
     with pytest.raises(ConfigurationError, match="--cell"):
-        pipeline.cell_of([immutable])
-    assert pipeline.cell_of([immutable, "driver:550-6.1.0-50-cloud-amd64-debian12"]).gl == "debian12"
+        recheck.cell_of([immutable])
+    assert recheck.cell_of([immutable, "driver:550-6.1.0-50-cloud-amd64-debian12"]).gl == "debian12"
 
 
 @pytest.mark.parametrize("tags", [[], ["driver:latest"], ["driver:999-6.12.44-cloud-amd64-gardenlinux0"]])
 def test_a_tag_that_tells_no_cell_is_an_error_that_asks_for_it(tags: list[str]) -> None:
     with pytest.raises(ConfigurationError, match="--cell"):
-        pipeline.cell_of(tags)
+        recheck.cell_of(tags)
 
 
 def test_only_folders_of_ours_are_emptied(tmp_path: Path) -> None:

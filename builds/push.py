@@ -1,0 +1,175 @@
+"""Push: an image that was proven right goes to its repository, byte for byte, and its moving tags last.
+
+The order is what keeps a half-done push harmless: blobs, their reading back, the manifest by its digest, then the
+immutable tag, then the tags that move, the most general one last. So a tag never means anything that was not
+verified, whole and read back, and a push that broke off is finished by the same push again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from packaging.version import Version
+
+from . import __version__, oci, recipes, registry, verify
+from .console import Reporter, human_size
+from .errors import InfrastructureError, VerificationError
+from .oci import Image
+from .plan import Plan
+from .record import Outcome, Record
+from .registry import Repository
+from .tags import Tag, TagKind
+
+
+@dataclass(frozen=True)
+class Move:
+    """A tag of the repository, with the digest that it meant before and the one that it means now."""
+
+    tag: str
+    old: str | None
+    """None where the repository had no such tag."""
+    new: str
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did."""
+
+    repository: str
+    digest: str
+    moves: tuple[Move, ...]
+    """All tags of the image, in the order in which they were set."""
+    uploaded: int
+    """Bytes of the blobs that the repository did not have."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The outcome as a JSON document."""
+        return asdict(self)
+
+
+def admit(record: Record, image: Image, repeat: str) -> Plan:
+    """The plan that an image was verified against, if a record lets it pass.
+
+    The record must be about exactly this digest, say that every required check passed, and come from the checks that
+    are here, or from those of a newer version of this project. ``repeat`` is the command that verifies the image.
+    Raises VerificationError where it is not so.
+    """
+
+    def refuse(fact: str, got: str) -> VerificationError:
+        return VerificationError(
+            f"image {image.digest[:19]}", f"is not pushed: {fact}", got=got, hint="verify it", repeat=repeat
+        )
+
+    if record.digest != image.digest:
+        raise refuse("its record is about another image", record.digest[:19])
+    if not record.passed:
+        failing = [check.name for check in (*record.of(Outcome.FAILED), *record.missing)]
+        raise refuse("its verification did not pass", ", ".join(failing[:3]) or "no check at all")
+    made_by, checks = Version(record.tools["harness"]), record.tools["checks"]
+    if checks != recipes.CHECKS and made_by <= Version(__version__):
+        raise refuse("its record was made by other checks than these", f"those of {made_by}, {checks[:12]}")
+    lacking = set(verify.GROUPS) - {check.group for check in record.checks}
+    if checks == recipes.CHECKS:
+        lacking |= verify.known_checks() - {check.id for check in record.checks}
+    if lacking:
+        raise refuse("its record lacks checks", ", ".join(sorted(lacking)[:3]))
+    try:
+        return Plan.from_json(record.plan)
+    except (KeyError, TypeError, ValueError) as error:
+        raise refuse("its record has no readable plan", repr(error)) from error
+
+
+def run(image: Image, tags: Sequence[Tag], repository: Repository) -> Pushed:
+    """Put an image into a repository under its tags; whatever is there already is not put again.
+
+    Raises VerificationError where the immutable tag means another image, BuildError where the layout is damaged, and
+    InfrastructureError where the registry is out of reach, refuses, or gives back other bytes than it was given.
+    """
+    report = repository.report
+    with report.bytes("check layout", image.size) as advance:
+        oci.check_blobs(image, advance)
+    before = {tag.name: registry.digest_of(repository, tag.name) for tag in tags}
+    _keep_immutable(image, tags, before, repository)
+    uploaded = _blobs(image, repository, proven=_is_proven(image, tags, before))
+    _manifest(image, repository)
+    for tag in _in_order(tags):
+        _tag(image, tag, before[tag.name], repository)
+    moves = tuple(Move(tag.name, before[tag.name], image.digest) for tag in _in_order(tags))
+    return Pushed(str(repository), image.digest, moves, uploaded)
+
+
+def show(pushed: Pushed, report: Reporter) -> None:
+    """Print what a push did: each tag, what it meant and what it means."""
+    report.table(
+        f"Tags of {pushed.repository}",
+        ("tag", "was", "is"),
+        (
+            (move.tag, (move.old or "new")[:19], "unchanged" if move.old == move.new else move.new[:19])
+            for move in pushed.moves
+        ),
+    )
+    report.say(f"{pushed.repository}@{pushed.digest}")
+
+
+def _keep_immutable(
+    image: Image, tags: Sequence[Tag], before: Mapping[str, str | None], repository: Repository
+) -> None:
+    for tag in tags:
+        if not tag.moves and before[tag.name] not in (None, image.digest):
+            raise VerificationError(
+                f"image {image.digest[:19]}",
+                f"is not pushed: the immutable tag {tag.name} of {repository} means another image",
+                got=str(before[tag.name])[:19],
+                hint="the same plan gives the same bytes: one of the two was not made by this plan",
+            )
+
+
+def _is_proven(image: Image, tags: Sequence[Tag], before: Mapping[str, str | None]) -> bool:
+    """Whether the repository's blobs were read back by an earlier push: the immutable tag is set after that."""
+    return any(not tag.moves and before[tag.name] == image.digest for tag in tags)
+
+
+def _in_order(tags: Sequence[Tag]) -> list[Tag]:
+    """The tags in the order in which they are set; the one that most nodes follow is the last."""
+    order = (TagKind.IMMUTABLE, TagKind.ALIAS, TagKind.VERSION, TagKind.BRANCH)
+    return sorted(tags, key=lambda tag: order.index(tag.kind))
+
+
+def _blobs(image: Image, repository: Repository, *, proven: bool) -> int:
+    """Put the blobs that are missing, then read all of them back; how many bytes were put."""
+    blobs = {blob.digest: blob for blob in (image.config_descriptor, *(layer.descriptor for layer in image.layers))}
+    with repository.report.step("push blobs") as step:
+        missing = [blob for blob in blobs.values() if not registry.has_blob(repository, blob)]
+        for blob in missing:
+            registry.upload_blob(repository, blob, oci.blob_path(image.layout, blob.digest))
+        uploaded = sum(blob.size for blob in missing)
+        step.note(f"{human_size(uploaded)} in {len(missing)} of {len(blobs)}; the others were there")
+    if missing or not proven:
+        with repository.report.step("read back blobs") as step:
+            for blob in blobs.values():
+                registry.prove_blob(repository, blob)
+            step.note("every byte as verified")
+    return uploaded
+
+
+def _manifest(image: Image, repository: Repository) -> None:
+    data = oci.blob_path(image.layout, image.digest).read_bytes()
+    if registry.digest_of(repository, image.digest) is None:
+        registry.put_manifest(repository, image.digest, data, image.descriptor.media_type)
+    if registry.fetch_manifest(repository, image.digest) != data:
+        raise InfrastructureError(str(repository), f"the registry gives back another manifest for {image.digest}")
+
+
+def _tag(image: Image, tag: Tag, old: str | None, repository: Repository) -> None:
+    if old == image.digest:
+        return
+    data = oci.blob_path(image.layout, image.digest).read_bytes()
+    registry.put_manifest(repository, tag.name, data, image.descriptor.media_type)
+    found = registry.digest_of(repository, tag.name)
+    if found != image.digest:
+        raise InfrastructureError(
+            f"{repository}:{tag.name}", "the registry did not set the tag", got=str(found), hint="push again"
+        )
+    repository.report.say(f"  {tag.name}: {old or 'new'} → {image.digest}")

@@ -1,0 +1,189 @@
+"""Verify what is there already: an image that somebody names, or the one that a record tells of.
+
+No image is made for it, except where a record's own is no longer there.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from . import matrix, oci, pipeline, registry, sources
+from .cache import locked, remove
+from .console import Reporter, shorten
+from .errors import BuildError, ConfigurationError, HarnessError, InfrastructureError, VerificationError
+from .model import Cell
+from .oci import Image
+from .pipeline import Run
+from .record import RECORD, Difference, Record, differences, tool_differences
+
+
+def verify_image(reference: str, cell: Cell | None, options: Mapping[str, str], report: Reporter) -> Record:
+    """Prove an image right that may come from anywhere; builds nothing.
+
+    ``reference`` is an OCI layout (``oci:<folder>[:<name>]`` or its folder) or an image in a registry; the cell
+    comes from its tag where ``cell`` does not say it.
+    """
+    reference = _spelled_out(reference)
+    run = pipeline.start(cell or cell_of(_names(reference)), options, report)
+    pipeline.make_inputs([run], refresh=False)
+    return _verify_found(run, reference, _find(run, reference), None)
+
+
+def repeat(path: Path, reference: str | None, options: Mapping[str, str], report: Reporter) -> Record:
+    """Repeat the verification that a record tells of, from the record alone, and show what differs.
+
+    The image is the one that was verified: what ``--image`` named then or names now (``reference``), or else the
+    cell's, built again where it is not there. The new record is in ``out/repeat-<digest>/``. Raises VerificationError
+    where anything but times and tools differs, and whatever the verification itself raises.
+    """
+    old = Record.read(path)
+    run = pipeline.start(matrix.find(old.cell), options, report, _settings_of(old))
+    out = run.settings.out_dir / f"repeat-{old.digest[7:19]}"
+    again = f"nox -s verify -- --record {shlex.quote(str(path))}"
+    named = reference or old.reference
+    error: HarnessError | None = None
+    with locked(out):
+        remove(out)
+        pipeline.make_inputs([run], refresh=False)
+        try:
+            if named:
+                named = _spelled_out(named)
+                _verify_found(run, named, _find(run, named), out)
+            else:
+                with pipeline.phase(run, "repeat"):
+                    pipeline.verify_built(run, out, again)
+        except (VerificationError, InfrastructureError) as raised:
+            if not (out / RECORD).is_file():
+                raise
+            error = raised
+    new = Record.read(out / RECORD)
+    found = differences(old, new)
+    _show(found, tool_differences(old, new), report)
+    if isinstance(error, InfrastructureError):
+        raise error
+    if found:
+        raise VerificationError(
+            f"record {path}",
+            f"does not repeat: {len(found)} difference{'s' if len(found) > 1 else ''}",
+            got=", ".join(difference.what for difference in found[:3]) + (" …" if len(found) > 3 else ""),
+            repeat=again,
+        )
+    report.say(f"the verdict is that of {path}: same image, same plan, same outcome of {len(new.checks)} checks")
+    if error:
+        raise error
+    return new
+
+
+def cell_of(names: Iterable[str]) -> Cell:
+    """The cell that tags speak of. Raises ConfigurationError where they fit none, or more than one."""
+    tags = [name.rpartition(":")[2] for name in names]
+    told = [cells for tag in tags if (cells := _cells_of(tag))]
+    fitting = set.intersection(*told) if told else set()
+    if len(fitting) != 1:
+        raise ConfigurationError(
+            "image",
+            "its tag does not say which cell it is of",
+            got=", ".join(sorted(map(str, fitting)) or tags) or "no tag",
+            hint="name the cell: -- --image … --cell <cell id>",
+        )
+    return fitting.pop()
+
+
+def _cells_of(tag: str) -> set[Cell]:
+    """The known cells that a tag fits: by driver version, or else by branch."""
+    known = [(cell, of) for of in matrix.load_all() for cell in of.cells]
+    for version in ("driver", "driver_major"):
+        fitting = {
+            cell
+            for cell, of in known
+            if tag.startswith(f"{getattr(cell, version)}-")
+            and tag.endswith((f"-{of.os_tag.format(gl=cell.gl)}", f"-{of.alias.format(gl=cell.gl)}", _plan_key(tag)))
+            and f"-{cell.arch}-" in tag
+            and ("-cloud-" in tag) == (cell.flavor == "cloud")
+        }
+        if fitting:
+            return fitting
+    return set()
+
+
+def _plan_key(tag: str) -> str:
+    """The end of an immutable tag; of any other, what no tag ends in."""
+    found = re.search(r"-[0-9a-f]{12}$", tag)
+    return found[0] if found else " "
+
+
+def _verify_found(run: Run, reference: str, image: Image, out: Path | None) -> Record:
+    """Verify an image that the user named; by default into a folder of its own."""
+    made, inputs = pipeline.plan(run)
+    if not reference.startswith("oci:") and "@" not in reference:
+        reference += f"@{image.digest}"
+    # A layout's own names are all it has; a name that somebody gave is one of several.
+    names = _names(reference)
+    complete = reference.startswith("oci:") and names
+    return pipeline.hold(
+        run,
+        made,
+        inputs,
+        image,
+        out or run.settings.out_dir / f"image-{image.digest[7:19]}",
+        f"nox -s verify -- --image {shlex.quote(reference)} --cell {run.cell}",
+        modules=pipeline.compiled(run, made),
+        names=None if complete else names,
+        reference=reference,
+    )
+
+
+def _show(found: Sequence[Difference], tools: Sequence[Difference], report: Reporter) -> None:
+    """Print where a repeated verification differs."""
+    if found or tools:
+        report.table(
+            "Differences",
+            ("what", "record", "now"),
+            [
+                *((one.what, shorten(one.old), shorten(one.new)) for one in found),
+                *((f"{one.what} (does not count)", shorten(one.old), shorten(one.new)) for one in tools),
+            ],
+        )
+
+
+def _settings_of(record: Record) -> dict[str, str]:
+    """The settings that a record's plan was made with, as far as it tells: folders are its machine's own."""
+    settings = {"IMAGE_PATH": record.plan.get("image_path")}
+    base = str(record.plan.get("base", {}).get("reference", ""))
+    if not base.startswith("oci:"):
+        settings["GL_REGISTRY"] = base.rpartition(":")[0]
+    return {name: value for name, value in settings.items() if value}
+
+
+def _spelled_out(reference: str) -> str:
+    """A reference that says what it is: a folder's name alone becomes ``oci:<folder>``."""
+    is_layout = "/" not in reference or (Path(reference) / "oci-layout").is_file()
+    return f"oci:{reference}" if is_layout and not reference.startswith("oci:") else reference
+
+
+def _find(run: Run, reference: str) -> Image:
+    """The image of a reference; of whatever architecture if it is the only one: that is for a check to judge.
+
+    Raises VerificationError where it is damaged: what cannot be read cannot be right.
+    """
+    try:
+        try:
+            return sources.image(reference, None, run.cache, run.report)
+        except ConfigurationError:  # none, or one for each of several architectures
+            return sources.image(reference, run.cell.arch, run.cache, run.report)
+    except BuildError as error:
+        raise VerificationError(
+            f"image {reference}", f"layers.blobs: {error.subject} {error.fact}", got=error.got
+        ) from error
+
+
+def _names(reference: str) -> tuple[str, ...]:
+    """The full names that a reference gives an image."""
+    if not reference.startswith("oci:"):
+        registry.Reference.parse(reference)
+        return (reference.partition("@")[0],)
+    folder, name = sources.split_layout(reference.removeprefix("oci:"))
+    return oci.full_names_of(folder, oci.find_entry(folder, name).digest)
