@@ -15,7 +15,7 @@ from packaging.version import Version
 
 from . import __version__, oci, recipes, registry, verify
 from .console import Reporter, human_size
-from .errors import InfrastructureError, VerificationError
+from .errors import BuildError, InfrastructureError, VerificationError
 from .oci import Image
 from .plan import Plan
 from .record import Outcome, Record
@@ -84,12 +84,20 @@ def admit(record: Record, image: Image, repeat: str) -> Plan:
 def run(image: Image, tags: Sequence[Tag], repository: Repository) -> Pushed:
     """Put an image into a repository under its tags; whatever is there already is not put again.
 
-    Raises VerificationError where the immutable tag means another image, BuildError where the layout is damaged, and
+    Raises VerificationError where the layout is damaged or the immutable tag means another image, and
     InfrastructureError where the registry is out of reach, refuses, or gives back other bytes than it was given.
     """
     report = repository.report
-    with report.bytes("check layout", image.size) as advance:
-        oci.check_blobs(image, advance)
+    try:
+        with report.bytes("check layout", image.size) as advance:
+            oci.check_blobs(image, advance)
+    except BuildError as error:
+        raise VerificationError(
+            f"image {image.digest[:19]}",
+            f"is not pushed: its layout is not what was verified: {error.fact}",
+            got=error.got,
+            hint="build and verify it again",
+        ) from error
     before = {tag.name: registry.digest_of(repository, tag.name) for tag in tags}
     _keep_immutable(image, tags, before, repository)
     uploaded = _blobs(image, repository, proven=_is_proven(image, tags, before))

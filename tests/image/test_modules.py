@@ -12,6 +12,7 @@ from builds import kmod, paths
 from builds.errors import InfrastructureError
 from builds.kmod import LAYOUT_SYMBOL
 from builds.model import MODULES, ModuleType
+from builds.rootfs import Node
 
 from .conftest import Compare
 from .evidence import Expected, Found, ModuleRef, kind_of
@@ -42,10 +43,10 @@ def test_types(module_type: ModuleType, found: Found, expected: Expected, compar
     reason = found.rootfs.nodes.get(f"{folder}.absent")
     planned = module_type in expected.plan.modules
     compare(
-        {"modules": sorted(there), "absent": reason.read().decode() if reason else None},
+        {"modules": sorted(there), "absent": _text(reason)},
         {
             "modules": sorted(f"{name}.ko" for name in MODULES) if planned else [],
-            "absent": None if planned else f"{expected.plan.absent[module_type]}\n",
+            "absent": None if planned else [f"{expected.plan.absent[module_type]}\n", "0o644"],
         },
     )
 
@@ -55,7 +56,12 @@ def test_types(module_type: ModuleType, found: Found, expected: Expected, compar
 def test_kernel_build(fact: str, found: Found, expected: Expected, compare: Compare) -> None:
     """The files by which the installer finds the modules of the running kernel's build."""
     wanted: str = getattr(expected.plan.kernel.build, fact)
-    compare(found.file(f"{expected.set_folder}/{fact}").read().decode(), f"{wanted}\n")
+    compare(_text(found.file(f"{expected.set_folder}/{fact}")), [f"{wanted}\n", "0o644"])
+
+
+def _text(node: Node | None) -> list[str] | None:
+    """Content and permissions of a file that the installer reads; None where there is none."""
+    return [node.read().decode(errors="replace"), oct(stat.S_IMODE(node.mode))] if node else None
 
 
 @pytest.mark.check("modules.unexpected")

@@ -83,6 +83,7 @@ def serve(binary: Path, folder: Path, access: Access = Access(), storage: Path |
         "http": {"addr": address},
     }
     session = requests.Session()
+    session.trust_env = False  # a certificate bundle named there would be asked instead of ours
     if access.user:
         hashed = bcrypt.hashpw(access.password.encode(), bcrypt.gensalt(4)).decode()
         (folder / "htpasswd").write_text(f"{access.user}:{hashed}\n")

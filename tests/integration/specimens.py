@@ -1,267 +1,20 @@
 """Images that are wrong on purpose: small mutations of a sound one, each with the check that must refuse it.
 
 A mutation works on a :class:`Draft` of the sound image and is a line or two; a new one is an entry in SPECIMENS.
-Layers lie uncompressed, so that spoiling one file costs no compression.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import io
-import json
-import os
-import re
+import gzip
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from elftools.elf.elffile import ELFFile
 
 from builds import oci, paths
 from builds.model import MODULES, ModuleType
-from builds.oci import Descriptor, Image, Layer
-from builds.plan import Plan
+from builds.oci import Layer
 
-ROOT = paths.DRIVER_ROOT
-
-Change = Callable[[tarfile.TarInfo, bytes], tuple[tarfile.TarInfo, bytes] | None]
-"""Gives the new form of a member; None deletes it."""
-
-
-@dataclass(frozen=True)
-class Sound:
-    """The sound image with its layers uncompressed, and which layer has what."""
-
-    image: Image
-    plan: Plan
-    base: int
-    """How many of its layers are the base's."""
-    layer_of: dict[str, int]
-
-    def read(self, path: str) -> bytes:
-        """Content of a file."""
-        blob = oci.blob_path(self.image.layout, self.image.layers[self.layer_of[path]].descriptor.digest)
-        with tarfile.open(blob) as archive:
-            stream = archive.extractfile(path)
-            assert stream
-            return stream.read()
-
-    def below(self, folder: str) -> list[str]:
-        """Everything below a folder, sorted."""
-        return sorted(path for path in self.layer_of if path.startswith(f"{folder}/"))
-
-
-def thaw(image: Image, plan: Plan, base: int, layout: Path) -> Sound:
-    """A copy of an image whose layers are uncompressed. Its digest is another, its diff ids are the same."""
-    oci.create(layout)
-    layers: list[Layer] = []
-    layer_of: dict[str, int] = {}
-    for number, layer in enumerate(image.layers):
-        path = oci.blob_path(layout, layer.diff_id)
-        with oci.open_layer(image.layout, layer.descriptor) as stream, path.open("wb") as file:
-            while chunk := stream.read(1 << 20):
-                file.write(chunk)
-        layers.append(Layer(Descriptor(oci.LAYER_TAR, layer.diff_id, path.stat().st_size), layer.diff_id))
-        with tarfile.open(path) as archive:
-            layer_of |= {member.name: number for member in archive}
-    thawed = _write(layout, layers, dict(image.config), oci.names_of(image.layout, image.digest))
-    return Sound(thawed, plan, base, layer_of)
-
-
-class Draft:
-    """A copy of the sound image, to be spoiled."""
-
-    def __init__(self, sound: Sound) -> None:
-        self.sound, self.plan = sound, sound.plan
-        self.config: dict[str, Any] = copy.deepcopy(dict(sound.image.config))
-        self.names = list(oci.names_of(sound.image.layout, sound.image.digest))
-        self.damaged = False
-        self._changes: dict[str, Change] = {}
-        self._added: list[tuple[tarfile.TarInfo, bytes]] = []
-
-    @property
-    def run(self) -> dict[str, Any]:
-        """How a runtime is to start it."""
-        return self.config["config"]  # type: ignore[no-any-return]
-
-    def module(self, name: str, kind: str = "open") -> str:
-        """Path of a module."""
-        return f"{self.folder}/{kind}/{name}.ko"
-
-    @property
-    def folder(self) -> str:
-        """Folder of the modules."""
-        return f"{paths.MODULES}/{self.plan.kernel.build.id}"
-
-    @property
-    def libraries(self) -> str:
-        """Folder of the libraries."""
-        return f"{ROOT}/usr/lib/{self.plan.cell.arch.triplet}"
-
-    def edit(self, path: str, change: Callable[[bytes], bytes]) -> None:
-        """Change a file's content."""
-
-        def apply(info: tarfile.TarInfo, data: bytes) -> tuple[tarfile.TarInfo, bytes]:
-            new = change(data)
-            assert new != data, f"{path} is not spoiled"
-            return info, new
-
-        self._change(path, apply)
-
-    def set(self, path: str, **attributes: Any) -> None:
-        """Change what the tar says of a member: mode, uid, mtime, linkname …"""
-
-        def apply(info: tarfile.TarInfo, data: bytes) -> tuple[tarfile.TarInfo, bytes]:
-            changed = copy.deepcopy(info)  # TarInfo.replace() is younger than Debian 12's Python
-            for attribute, value in attributes.items():
-                setattr(changed, attribute, value)
-            return changed, data
-
-        self._change(path, apply)
-
-    def become_file(self, path: str, data: bytes) -> None:
-        """Put a file in place of a link."""
-
-        def apply(info: tarfile.TarInfo, _data: bytes) -> tuple[tarfile.TarInfo, bytes]:
-            new = tarfile.TarInfo(info.name)
-            new.mode, new.mtime = 0o755, info.mtime
-            return new, data
-
-        self._change(path, apply)
-
-    def delete(self, *names: str) -> None:
-        """Leave files out, as if they had never been packed."""
-        for name in names:
-            self._change(name, lambda _info, _data: None)
-
-    def put(self, path: str, data: bytes = b"x", *, kind: bytes = tarfile.REGTYPE, **attributes: Any) -> None:
-        """Add something in a layer on top."""
-        info = tarfile.TarInfo(path)
-        info.type, info.mode, info.mtime = kind, 0o755 if kind == tarfile.DIRTYPE else 0o644, oci.EPOCH
-        for name, value in attributes.items():
-            setattr(info, name, value)
-        self._added.append((info, data if kind == tarfile.REGTYPE else b""))
-
-    def write(self, layout: Path) -> Image:
-        """Write the spoiled image. Blobs that are as before are hard links."""
-        oci.create(layout)
-        layers = list(self.sound.image.layers)
-        for number in {self.sound.layer_of[path] for path in self._changes}:
-            layers[number] = self._rewrite(layout, number)
-        for layer in layers:
-            source = oci.blob_path(self.sound.image.layout, layer.descriptor.digest)
-            if not oci.blob_path(layout, layer.descriptor.digest).exists():
-                os.link(source, oci.blob_path(layout, layer.descriptor.digest))
-        if self._added:
-            stream = io.BytesIO()
-            with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
-                for info, data in self._added:
-                    info.size = len(data)
-                    archive.addfile(info, io.BytesIO(data))
-            blob = oci.add_bytes(layout, stream.getvalue(), oci.LAYER_TAR)
-            layers.append(Layer(blob, blob.digest))
-            self.config["history"].append({"created": oci.CREATED, "created_by": "spoiled"})
-        return _write(layout, layers, self.config, self.names, keep_diff_ids=self.damaged)
-
-    def _change(self, path: str, change: Change) -> None:
-        assert path in self.sound.layer_of, f"the sound image has no {path}"
-        self._changes[path] = change
-
-    def _rewrite(self, layout: Path, number: int) -> Layer:
-        source = oci.blob_path(self.sound.image.layout, self.sound.image.layers[number].descriptor.digest)
-        part = layout / "layer.part"
-        with tarfile.open(source) as old, tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as new:
-            for info in old:
-                content = old.extractfile(info) if info.isfile() else None
-                if info.name not in self._changes:
-                    new.addfile(info, content)
-                elif changed := self._changes[info.name](info, content.read() if content else b""):
-                    changed[0].size = len(changed[1])
-                    new.addfile(changed[0], io.BytesIO(changed[1]))
-        with part.open("rb") as stream:
-            digest = f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
-        part.rename(oci.blob_path(layout, digest))
-        return Layer(Descriptor(oci.LAYER_TAR, digest, oci.blob_path(layout, digest).stat().st_size), digest)
-
-
-def _write(
-    layout: Path, layers: list[Layer], config: dict[str, Any], names: Any, *, keep_diff_ids: bool = False
-) -> Image:
-    if not keep_diff_ids:
-        config = {**config, "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]}}
-    blob = oci.add_bytes(layout, json.dumps(config, sort_keys=True).encode(), oci.CONFIG)
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": oci.MANIFEST,
-        "config": blob.to_json(),
-        "layers": [layer.descriptor.to_json() for layer in layers],
-    }
-    descriptor = oci.add_bytes(layout, json.dumps(manifest).encode(), oci.MANIFEST)
-    oci.name_image(layout, descriptor, names)
-    return Image(layout, descriptor, manifest, config)
-
-
-def section(data: bytes, name: str) -> tuple[int, int]:
-    """Where a section of an ELF file is: offset and size."""
-    found = ELFFile(io.BytesIO(data)).get_section_by_name(name)
-    assert found is not None, name
-    return int(found["sh_offset"]), int(found["sh_size"])
-
-
-def flip(data: bytes, offset: int) -> bytes:
-    """Change one bit."""
-    return data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :]
-
-
-def flip_crc(symbol: str) -> Callable[[bytes], bytes]:
-    """Change the CRC that a module expects of a symbol."""
-
-    def change(data: bytes) -> bytes:
-        offset, size = section(data, "__versions")
-        at = data.index(b"\0" + symbol.encode() + b"\0", offset, offset + size) + 1 - 8
-        return flip(data, at)
-
-    return change
-
-
-def swap_text(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
-    """Replace text by text of the same length, everywhere."""
-    assert len(new) <= len(old)
-    return lambda data: data.replace(old, new.ljust(len(old), b"\0"))
-
-
-def swap_info(key: bytes, change: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
-    """Change the value of a module's modinfo, not its length."""
-
-    def apply(data: bytes) -> bytes:
-        offset, size = section(data, ".modinfo")
-        old = re.search(rb"(?:^|\0)" + key + rb"=([^\0]*)", data[offset : offset + size])
-        assert old, key
-        new = change(old[1]).ljust(len(old[1]), b"\0")
-        assert len(new) == len(old[1])
-        return data[: offset + old.start(1)] + new + data[offset + old.end(1) :]
-
-    return apply
-
-
-def rename_section(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
-    """Rename a section of an ELF file."""
-    assert len(old) == len(new)
-
-    def change(data: bytes) -> bytes:
-        offset, size = section(data, ".shstrtab")
-        at = data.index(b"\0" + old + b"\0", offset, offset + size) + 1
-        return data[:at] + new + data[at + len(new) :]
-
-    return change
-
-
-def other_machine(data: bytes) -> bytes:
-    """The same ELF file for another architecture, as its header says."""
-    return data[:18] + (b"\xb7\x00" if data[18:20] == b"\x3e\x00" else b"\x3e\x00") + data[20:]
+from .draft import ROOT, Draft, flip, flip_crc, flip_in, other_machine, rename_section, swap_info, swap_text
 
 
 @dataclass(frozen=True)
@@ -302,6 +55,24 @@ def _retag(draft: Draft, old: str, new: str) -> None:
     at = next(number for number, name in enumerate(draft.names) if name.rpartition(":")[2].startswith("550-"))
     assert old in draft.names[at]
     draft.names[at] = draft.names[at].replace(old, new)
+
+
+def _part(name: str) -> str:
+    """Path of a part of the installer."""
+    return f"{paths.INSTALLER}/{name}.sh"
+
+
+_FACTS = f"{paths.INSTALLER}/release.env"
+_DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+_ARM = {"os": "linux", "architecture": "arm64"}
+
+
+def _link_module(draft: Draft, name: str) -> None:
+    draft.become_link(draft.module(name), f"../proprietary/{name}.ko")
+
+
+def _swap_last(layers: list[Layer]) -> None:
+    layers[-1], layers[-2] = layers[-2], layers[-1]
 
 
 def _without_base(draft: Draft) -> None:
@@ -399,7 +170,48 @@ SPECIMENS = (
         "open/nvidia-drm.ko",
         lambda d: d.edit(d.module("nvidia-drm"), rename_section(b".symtab", b".xymtab")),
     ),
-    Specimen("module missing", "modules.present", "open/nvidia-uvm.ko", lambda d: d.delete(d.module("nvidia-uvm"))),
+    *(
+        Specimen(
+            f"{kind} {name} missing",
+            "modules.present",
+            f"{kind}/{name}.ko",
+            lambda d, name=name, kind=kind: d.delete(d.module(name, kind)),  # type: ignore[misc]
+        )
+        for kind in ModuleType
+        for name in MODULES
+    ),
+    Specimen(
+        "one bit of code changed",
+        "modules.bytes",
+        "open/nvidia-uvm.ko",
+        lambda d: d.edit(d.module("nvidia-uvm"), flip_in(".text")),
+    ),
+    Specimen(
+        "something appended to a module",
+        "modules.bytes",
+        "proprietary/nvidia-drm.ko",
+        lambda d: d.edit(d.module("nvidia-drm", "proprietary"), lambda data: data + b"~Module signature appended~\n"),
+    ),
+    Specimen(
+        "build path in a module",
+        "modules.build-paths",
+        "open/nvidia-uvm.ko",
+        lambda d: d.edit(d.module("nvidia-uvm"), swap_text(b"/src/kernel-open/", b"/tmp/kernel-open/")),
+    ),
+    Specimen(
+        "module compressed",
+        "modules.version",
+        "open/nvidia-drm.ko",
+        lambda d: d.edit(d.module("nvidia-drm"), gzip.compress),
+    ),
+    Specimen("module is a link", "modules.present", "open/nvidia-drm.ko", lambda d: _link_module(d, "nvidia-drm")),
+    Specimen("module not readable", "modules.mode", "open/nvidia.ko", lambda d: d.set(d.module("nvidia"), mode=0o600)),
+    Specimen(
+        "type said to be absent that is there",
+        "modules.types",
+        "open",
+        lambda d: d.put(f"{d.folder}/open.absent", b"it does not compile\n"),
+    ),
     Specimen(
         "type missing without a rule",
         "modules.types",
@@ -428,6 +240,12 @@ SPECIMENS = (
         "package",
         lambda d: d.edit(f"{d.folder}/package", lambda _: b"6.1.0-1\n"),
     ),
+    Specimen(
+        "modules of a kernel build that nobody planned",
+        "modules.unexpected",
+        "",
+        lambda d: d.put(f"{paths.MODULES}/6.1.0-1-cloud-amd64-000000000000/open/nvidia.ko"),
+    ),
     Specimen("module too many", "modules.unexpected", "", lambda d: d.put(d.module("nvidia-fs"))),
     # firmware
     Specimen(
@@ -450,6 +268,7 @@ SPECIMENS = (
         lambda d: d.edit(_firmware(d)[0], lambda data: flip(data, len(data) // 2)),
     ),
     Specimen("firmware where it is shadowed", "driver-root.shadowed", "", lambda d: d.put("usr/lib/firmware/nvidia/x")),
+    Specimen("firmware is a link", "driver-root.files", "*", lambda d: d.become_link(_firmware(d)[0], "/dev/null")),
     # driver root
     Specimen(
         "licence missing",
@@ -523,6 +342,24 @@ SPECIMENS = (
         "",
         lambda d: d.put(f"{ROOT}/nvidia0", kind=tarfile.CHRTYPE, devmajor=195),
     ),
+    Specimen(
+        "empty folder too many",
+        "driver-root.unexpected",
+        "",
+        lambda d: d.put(f"{ROOT}/empty", kind=tarfile.DIRTYPE),
+    ),
+    Specimen(
+        "tool is a link",
+        "driver-root.files",
+        "usr/bin/nvidia-smi",
+        lambda d: d.become_link(f"{ROOT}/usr/bin/nvidia-smi", "nvidia-modprobe"),
+    ),
+    Specimen(
+        "tool wrapped in a script",
+        "driver-root.bytes",
+        "usr/bin/nvidia-smi",
+        lambda d: d.edit(f"{ROOT}/usr/bin/nvidia-smi", lambda _: b"#!/bin/sh\nexit 0\n"),
+    ),
     Specimen("file too many", "driver-root.unexpected", "", lambda d: d.put(f"{d.libraries}/libextra.so.1")),
     Specimen(
         "list of GPUs unreadable",
@@ -530,6 +367,36 @@ SPECIMENS = (
         "",
         lambda d: d.edit(f"{ROOT}/usr/share/nvidia/supported-gpus/supported-gpus.json", lambda data: data[:-9]),
     ),
+    # installer
+    Specimen("installer part missing", "installer.files", _part("choose"), lambda d: d.delete(_part("choose"))),
+    Specimen(
+        "installer part not readable", "installer.files", _part("steps"), lambda d: d.set(_part("steps"), mode=0o600)
+    ),
+    Specimen(
+        "installer part cut short",
+        "installer.bytes",
+        _part("modules"),
+        lambda d: d.edit(_part("modules"), lambda data: data[: len(data) // 2]),
+    ),
+    Specimen(
+        "entry point that sleeps",
+        "installer.bytes",
+        paths.ENTRYPOINT,
+        lambda d: d.edit(paths.ENTRYPOINT, lambda data: data + b"sleep infinity\n"),
+    ),
+    Specimen(
+        "facts of another driver",
+        "installer.facts",
+        "",
+        lambda d: d.edit(_FACTS, lambda data: data.replace(b"VERSION=5", b"VERSION=4")),
+    ),
+    Specimen(
+        "facts of another architecture",
+        "installer.facts",
+        "",
+        lambda d: d.edit(_FACTS, lambda data: data.replace(b"x86_64", b"aarch64")),
+    ),
+    Specimen("installer part too many", "installer.unexpected", "", lambda d: d.put(_part("extra"))),
     # layers
     Specimen(
         "setuid tool",
@@ -538,6 +405,91 @@ SPECIMENS = (
         lambda d: d.set(f"{ROOT}/usr/bin/nvidia-modprobe", mode=0o4755),
     ),
     Specimen("world-writable file", "layers.permissions", "", lambda d: d.set(f"{d.folder}/release", mode=0o666)),
+    Specimen("setgid folder", "layers.permissions", "", lambda d: d.set(d.folder, mode=0o2755)),
+    Specimen("world-writable folder", "layers.permissions", "", lambda d: d.set(d.folder, mode=0o777)),
+    Specimen("folder for root alone", "layers.modes", "", lambda d: d.set(d.libraries, mode=0o700)),
+    Specimen("folder of the base for root alone", "layers.modes", "", lambda d: d.set("opt", mode=0o700)),
+    Specimen("file for root alone", "layers.modes", "", lambda d: d.set(f"{d.folder}/release", mode=0o600)),
+    Specimen(
+        "capability of a tool",
+        "layers.attributes",
+        "",
+        lambda d: d.set(
+            f"{ROOT}/usr/bin/nvidia-modprobe",
+            pax_headers={"SCHILY.xattr.security.capability": "\x01\0\0\x02\0\0\x20\0"},
+        ),
+    ),
+    Specimen(
+        "access list",
+        "layers.attributes",
+        "",
+        lambda d: d.set(f"{d.folder}/release", pax_headers={"SCHILY.acl.access": "user::rw-,user:1000:rw-"}),
+    ),
+    Specimen(
+        "hard link",
+        "layers.kinds",
+        "",
+        lambda d: d.put(f"{d.folder}/again", kind=tarfile.LNKTYPE, linkname="etc/passwd"),
+    ),
+    Specimen("pipe", "layers.kinds", "", lambda d: d.put(f"{paths.INSTALLER}/pipe", kind=tarfile.FIFOTYPE)),
+    Specimen(
+        "name with a dot", "layers.kinds", "", lambda d: d.set(f"{d.folder}/release", name=f"./{d.folder}/release")
+    ),
+    Specimen(
+        "name from the root", "layers.kinds", "", lambda d: d.set(d.module("nvidia"), name=f"/{d.module('nvidia')}")
+    ),
+    Specimen("name that leads out", "layers.kinds", "", lambda d: d.put("opt/../../etc/shadow")),
+    Specimen("owner by name", "layers.owner", "", lambda d: d.set(d.module("nvidia"), uname="builder")),
+    Specimen("layer too many", "layers.order", "", lambda d: d.put(f"{d.folder}/open", kind=tarfile.DIRTYPE)),
+    Specimen("layers in another order", "layers.order", "", lambda d: setattr(d, "edit_layers", _swap_last)),
+    Specimen(
+        "layer under another kind's name",
+        "layers.media-types",
+        "",
+        lambda d: setattr(d, "edit_manifest", lambda m: m["layers"][-1].update(mediaType=oci.LAYER_GZIP)),
+    ),
+    Specimen(
+        "manifest of another kind",
+        "layers.media-types",
+        "",
+        lambda d: setattr(d, "edit_manifest", lambda m: m.update(mediaType=_DOCKER_MANIFEST)),
+    ),
+    Specimen(
+        "config of another kind",
+        "layers.media-types",
+        "",
+        lambda d: setattr(d, "edit_manifest", lambda m: m["config"].update(mediaType="application/json")),
+    ),
+    Specimen(
+        "annotation",
+        "layers.manifest",
+        "",
+        lambda d: setattr(d, "edit_manifest", lambda m: m.update(annotations={"built-on": "my-laptop"})),
+    ),
+    Specimen(
+        "layer from a foreign place",
+        "layers.manifest",
+        "",
+        lambda d: setattr(d, "edit_manifest", lambda m: m["layers"][0].update(urls=["https://mirror.example/blob"])),
+    ),
+    Specimen(
+        "size of a layer untrue",
+        "layers.blobs",
+        "",
+        lambda d: setattr(d, "edit_manifest", lambda m: m["layers"][-1].update(size=1)),
+    ),
+    Specimen(
+        "index of another architecture",
+        "layers.index",
+        "",
+        lambda d: setattr(d, "edit_index", lambda i: i["manifests"][0].update(platform=_ARM)),
+    ),
+    Specimen(
+        "size in the index untrue",
+        "layers.index",
+        "",
+        lambda d: setattr(d, "edit_index", lambda i: i["manifests"][0].update(size=1)),
+    ),
     Specimen("foreign owner", "layers.owner", "", lambda d: d.set(d.module("nvidia"), uid=1000)),
     Specimen("clock in a layer", "layers.times", "", lambda d: d.set(d.module("nvidia"), mtime=1_700_000_000)),
     Specimen("file hidden by a whiteout", "layers.whiteouts", "", lambda d: d.put("etc/.wh.passwd", b"")),
@@ -565,6 +517,17 @@ SPECIMENS = (
     ),
     Specimen("label missing", "config.labels", "*", lambda d: d.run["Labels"].popitem()),
     Specimen("label too many", "config.no-other-labels", "", lambda d: d.run["Labels"].update(maintainer="me")),
+    Specimen("library loaded first", "config.environment", "", lambda d: d.run["Env"].append("LD_PRELOAD=/tmp/x.so")),
+    Specimen("variable given twice", "config.environment", "", lambda d: d.run["Env"].append("PATH=/usr/bin:/bin")),
+    Specimen("working folder", "config.settings", "", lambda d: d.run.update(WorkingDir="/nowhere")),
+    Specimen("volume", "config.settings", "", lambda d: d.run.update(Volumes={"/opt/nvidia": {}})),
+    Specimen("health check", "config.settings", "", lambda d: d.run.update(Healthcheck={"Test": ["CMD", "true"]})),
+    Specimen("stop signal", "config.settings", "", lambda d: d.run.update(StopSignal="SIGKILL")),
+    Specimen("author", "config.settings", "", lambda d: d.config.update(author="me@my-laptop")),
+    Specimen("variant of an architecture", "config.settings", "", lambda d: d.config.update(variant="v3")),
+    Specimen("other words in the history", "config.history", "", lambda d: d.config["history"][-1].update(comment="x")),
+    Specimen("history missing", "config.history", "", lambda d: d.config.pop("history")),
+    Specimen("layer that the history denies", "config.history", "", lambda d: d.config["history"].pop()),
     Specimen("clock in the config", "config.history", "", lambda d: d.config.update(created="2025-01-01T00:00:00Z")),
     Specimen(
         "secret in the history",
@@ -600,11 +563,3 @@ SPECIMENS = (
 
 def _version_name(draft: Draft) -> str:
     return next(f"{draft.plan.image_path}:{tag.name}" for tag in draft.plan.tags if tag.kind == "version")
-
-
-def damage_layer(image: Image) -> None:
-    """Change a bit of a layer's blob in place, as a failing disk would."""
-    path = oci.blob_path(image.layout, image.layers[-1].descriptor.digest)
-    data = path.read_bytes()
-    path.unlink()  # it may be a hard link
-    path.write_bytes(flip(data, len(data) // 2))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,13 @@ from builds import oci, paths, verify
 from builds.cache import remove
 from builds.engine import Engine
 from builds.errors import InfrastructureError, VerificationError
+from builds.model import MODULES
 from builds.oci import Image
 from builds.record import Outcome, Record
 
 from .conftest import Built
-from .specimens import ROOT, SPECIMENS, Draft, Sound, Specimen, damage_layer, swap_text, thaw
+from .draft import ROOT, Draft, Sound, damage_layer, flip, swap_text, thaw
+from .specimens import SPECIMENS, Specimen
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Bench:
                 out=out,
                 report=self.built.report,
                 repeat="pytest tests/integration/test_specimens.py",
+                modules={kind: self.built.out / "modules" / kind for kind in self.built.plan.modules},
                 groups=groups or verify.GROUPS,
             )
         return Record.read(out / "record.json")
@@ -80,6 +83,50 @@ def test_a_specimen_is_refused(specimen: Specimen, bench: Bench, layout: Path) -
     assert refusing, f"{specimen.check} lets it pass; what fails: {sorted(failed(record))}"
     assert specimen.thing in refusing or specimen.thing == "*"
     assert not record.passed
+
+
+def test_modules_of_another_kernel_are_refused(bench: Bench, layout: Path, built_with_rule: Built) -> None:
+    """Real ones, compiled for Debian 13's kernel: their CRCs are that kernel's."""
+    draft = Draft(bench.sound)
+    for name in MODULES:
+        foreign = (built_with_rule.out / "modules/proprietary" / f"{name}.ko").read_bytes()
+        draft.edit(draft.module(name, "proprietary"), lambda _, foreign=foreign: foreign)  # type: ignore[misc]
+    refusing = failed(bench.verify(draft.write(layout), "modules"))
+    for check in ("vermagic", "crcs", "imports", "bytes"):
+        assert f"modules.{check}[proprietary/nvidia.ko]" in refusing
+    assert not [name for name in refusing if "open/" in name]
+
+
+def test_a_plan_of_other_tags_is_refused(bench: Bench) -> None:
+    """What a push would set is held against the operator's rule, whatever the planner has computed."""
+    tags = tuple(replace(tag, name=tag.name.replace("550-", "-")) for tag in bench.built.plan.tags)
+    built = replace(bench.built, plan=replace(bench.built.plan, tags=tags))
+    record = replace(bench, built=built).verify(bench.sound.image, "tags")
+    assert "tags.plan[branch]" in failed(record)
+
+
+EVERYWHERE: dict[str, Callable[[Draft, str], object]] = {
+    "left out": lambda draft, path: draft.delete(path),
+    "a bit changed": lambda draft, path: draft.edit(path, lambda data: flip(data, len(data) // 2)),
+    "cut short": lambda draft, path: draft.edit(path, lambda data: data[:-1]),
+    "a byte more": lambda draft, path: draft.edit(path, lambda data: data + b"x"),
+    "executable or not": lambda draft, path: draft.set(path, mode=0o644 if draft.mode(path) == 0o755 else 0o755),
+    "renamed": lambda draft, path: draft.set(path, name=path + "x"),
+}
+"""What can happen to any file."""
+
+
+@pytest.mark.parametrize("mutation", EVERYWHERE, ids=lambda name: name.replace(" ", "-"))
+def test_no_file_can_be_changed(mutation: str, bench: Bench, layout: Path) -> None:
+    """Every file above the base, all of them spoiled at once: each is named by a check that fails."""
+    draft = Draft(bench.sound)
+    files = [path for path in bench.sound.files() if bench.sound.layer_of[path] >= bench.sound.base]
+    assert len(files) > 50
+    for path in files:
+        EVERYWHERE[mutation](draft, path)
+    record = bench.verify(draft.write(layout), "modules", "driver-root", "installer")
+    named = {check.object for check in record.of(Outcome.FAILED) if check.object}
+    assert [path for path in files if not path.endswith(tuple(named))] == []
 
 
 def test_a_damaged_blob_is_refused(bench: Bench, layout: Path) -> None:
