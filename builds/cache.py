@@ -26,6 +26,7 @@ from .errors import BuildError, InfrastructureError
 
 CHUNK = 1 << 20
 _SCRATCH = "nvidia-builds-"  # and the process that made the folder
+_DIGESTS = ".sha256.json"
 
 
 def key_of(**parts: object) -> str:
@@ -57,6 +58,31 @@ def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> st
             if progress:
                 progress(len(chunk))
     return digest.hexdigest()
+
+
+def write_digests(folder: Path) -> None:
+    """Note the sha256 of every file below a folder in it, for :func:`is_whole`."""
+    digests = {path: file_sha256(folder / path) for path in _files(folder)}
+    (folder / _DIGESTS).write_text(json.dumps(digests, indent=1))
+
+
+def read_digests(folder: Path) -> dict[str, str]:
+    """The digests that were noted, by path. Raises OSError or ValueError where there are none that can be read."""
+    digests: dict[str, str] = json.loads((folder / _DIGESTS).read_text())
+    return digests
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder has the files that were noted, to the bit, and no others: disks fail, and people have hands."""
+    try:
+        return read_digests(folder) == {path: file_sha256(folder / path) for path in _files(folder)}
+    except (OSError, ValueError):
+        return False
+
+
+def _files(folder: Path) -> list[str]:
+    found = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return sorted(path.relative_to(folder).as_posix() for path in found if path.name != _DIGESTS)
 
 
 @contextmanager
@@ -179,17 +205,38 @@ class Cache:
         path = self.path(step, key)
         return path if path.is_dir() else None
 
+    def find_whole(self, step: str, key: str) -> Path | None:
+        """The output of a step that notes digests, if it is there and still is what it was."""
+        path = self.find(step, key)
+        return path if path and is_whole(path) else None
+
     def make(
-        self, step: str, key: str, build: Callable[[Path], None], waiting: Callable[[], None] | None = None
+        self,
+        step: str,
+        key: str,
+        build: Callable[[Path], None],
+        waiting: Callable[[], None] | None = None,
+        *,
+        proven: bool = False,
     ) -> tuple[Path, bool]:
-        """The output of a step for a key, made by ``build`` if it is not there; and whether it was made now."""
+        """The output of a step for a key, made by ``build`` if it is not there; and whether it was made now.
+
+        ``proven`` outputs have their digests noted, and are made anew where they are not what was noted.
+        """
+        find = self.find_whole if proven else self.find
+        if found := find(step, key):
+            return found, False
         path = self.path(step, key)
-        if path.is_dir():
-            return path, False
+
+        def make(folder: Path) -> None:
+            build(folder)
+            if proven:
+                write_digests(folder)
+
         with locked(path, waiting):
-            if path.is_dir():
-                return path, False
-            return publish(path, build), True
+            if found := find(step, key):
+                return found, False
+            return publish(path, make), True
 
 
 def copy_checked(source: Path, target: Path, sha256: str) -> None:

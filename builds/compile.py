@@ -6,14 +6,13 @@ The vendor's own build files do the work (``make modules``); its interactive ins
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from pathlib import Path
 
 from . import engine as engines
 from . import oci, recipes, runfile
-from .cache import Cache, file_sha256, key_of, publish
+from .cache import Cache, is_whole, key_of, publish
 from .console import Reporter
 from .engine import Engine
 from .errors import BuildError, InfrastructureError
@@ -23,8 +22,8 @@ from .plan import Inputs, Plan
 LOG = "build.log"
 """The build log, beside the modules."""
 
-_MADE = "made.json"
-"""Key and digests of the modules, beside them: says which plan they are of wherever the folder is taken."""
+_KEY = "key"
+"""Key of the modules, beside them: says which plan they are of wherever the folder is taken."""
 
 _UNIT = re.compile(r"^\s*(CC|LD|CONFTEST:|MODPOST|AR)\b")
 _ERROR = re.compile(r"(:\d+:\d+: (fatal )?error: |^ERROR: |: error: |\*\*\* .*Stop)")
@@ -40,7 +39,7 @@ def driver_tree(plan: Plan, inputs: Inputs, cache: Cache, report: Reporter) -> P
                 runfile.unpack(inputs.package, header, folder, progress=advance)
 
     key = key_of(package=plan.package.sha256, recipe=recipes.DRIVER_TREE)
-    return cache.make("driver", key, unpack)[0]
+    return cache.make("driver", key, unpack, proven=True)[0]
 
 
 def modules(
@@ -69,6 +68,7 @@ def modules(
         plan.modules[module_type],
         build,
         waiting=lambda: report.say(f"  waiting for another run that compiles {module_type}"),
+        proven=True,
     )
     return made
 
@@ -145,8 +145,7 @@ def _compile(
     if missing:
         raise BuildError(f"compile {plan.cell} {module_type}", "modules are missing", got=", ".join(missing))
     shutil.copyfile(log, folder / LOG)
-    files = {f"{name}.ko": file_sha256(folder / f"{name}.ko") for name in MODULES}
-    (folder / _MADE).write_text(json.dumps({"key": plan.modules[module_type], "files": files}, indent=1))
+    (folder / _KEY).write_text(plan.modules[module_type])
 
 
 def first_error(log: str) -> str:
@@ -174,18 +173,12 @@ def adopt(key: str, folder: Path, cache: Cache) -> bool:
 
     So the driver stage and the image stage may run on different machines, with ``out/`` carried between them.
     """
-    if cache.find("modules", key):
+    if cache.find_whole("modules", key):
         return True
-    try:
-        made = json.loads((folder / _MADE).read_text())
-        whole = made["key"] == key and all(
-            file_sha256(folder / name) == sha256 for name, sha256 in made["files"].items()
-        )
-    except (OSError, ValueError, KeyError):
+    if not (folder / _KEY).is_file() or (folder / _KEY).read_text() != key or not is_whole(folder):
         return False
-    if whole:
-        cache.make("modules", key, lambda target: _copy(folder, target))
-    return whole
+    cache.make("modules", key, lambda target: _copy(folder, target), proven=True)
+    return True
 
 
 def export(made: Path, target: Path) -> None:
@@ -194,4 +187,6 @@ def export(made: Path, target: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, dirs_exist_ok=True)
+    """Copy the files of a folder. Not by copytree: of a full disk it makes an error that does not say so."""
+    for path in sorted(source.iterdir()):
+        shutil.copy2(path, target)

@@ -30,7 +30,7 @@ from .errors import InfrastructureError
 from .model import Arch
 
 LABEL = "io.gardenlinux.nvidia-builds.owner"
-"""Label of our containers: machine, process id and start time of their maker."""
+"""Label of our containers: where their maker runs, its process id and its start time."""
 
 _PODMAN_SOCKETS = ("/run/podman/podman.sock", "{XDG_RUNTIME_DIR}/podman/podman.sock")
 _TIMEOUT = 600  # seconds without an answer
@@ -261,17 +261,18 @@ def _as_root(info: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def _owner() -> dict[str, object]:
-    machine = Path("/etc/machine-id")
     return {
-        "machine": machine.read_text().strip() if machine.is_file() else "",
+        # A process id means something in its own namespace only, and until the next boot; engines can be shared.
+        "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        "pids": os.stat("/proc/self/ns/pid").st_ino,
         "pid": os.getpid(),
         "started": psutil.Process().create_time(),
     }
 
 
 def _reap(engine: Engine) -> None:
-    """Remove containers whose maker, a process of this machine, is gone."""
-    machine = _owner()["machine"]
+    """Remove containers whose maker, a process that we would see, is gone."""
+    here = _owner()
     for made in engine.client.containers.list(all=True, filters={"label": LABEL}, ignore_removed=True):
         try:
             owner = json.loads(made.labels[LABEL])
@@ -280,7 +281,7 @@ def _reap(engine: Engine) -> None:
             alive = False
         except (KeyError, ValueError):
             continue
-        if owner["machine"] == machine and not alive:
+        if (owner.get("boot"), owner.get("pids")) == (here["boot"], here["pids"]) and not alive:
             with suppress(APIError):
                 made.remove(force=True)
 

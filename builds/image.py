@@ -51,8 +51,8 @@ def labels(plan: Plan) -> dict[str, str]:
     }
 
 
-def find(plan: Plan, layout: Path) -> Image | None:
-    """The image of a plan, if an earlier run left it in a layout under the plan's names."""
+def find(plan: Plan, layout: Path, report: Reporter) -> Image | None:
+    """The image of a plan, if an earlier run left it in a layout under the plan's names, and it is whole."""
     if not (layout / "oci-layout").is_file():
         return None
     try:
@@ -60,10 +60,12 @@ def find(plan: Plan, layout: Path) -> Image | None:
     except (ConfigurationError, BuildError):  # not there, or damaged: made again
         return None
     made_from = (found.config.get("config") or {}).get("Labels") or {}
-    blobs = (found.config_descriptor, *(layer.descriptor for layer in found.layers))
-    if not all(oci.blob_path(layout, blob.digest).is_file() for blob in blobs):
-        return None
     if made_from.get(f"{PREFIX}.plan-key") != plan.image or set(oci.names_of(layout, found.digest)) != set(plan.names):
+        return None
+    try:
+        oci.check_blobs(found)
+    except BuildError as error:
+        report.say(f"  {error.subject}: {error.fact}: it is made again", style="yellow")
         return None
     return found
 

@@ -86,21 +86,22 @@ def read_kernel(rootfs: RootFs, arch: Arch, flavor: Flavor) -> tuple[Kernel, byt
 
     Raises BuildError where the image has no headers for it, or more than one candidate.
     """
-    releases = dict(_headers(rootfs))
-    fitting = {
-        release: folder
-        for release, folder in releases.items()
+    known = list(_headers(rootfs))
+    fitting = [
+        (release, folder)
+        for release, folder in known
         if _config(rootfs, folder).get(_CONFIG_OF_ARCH[arch]) == "y"
         and ("cloud" in release.split("-")) == (flavor is Flavor.CLOUD)
-    }
+    ]
     if len(fitting) != 1:
         raise BuildError(
             "kmodbuild image",
             f"must have the headers of exactly one {flavor} kernel for {arch}",
-            got=", ".join(sorted(fitting)) or f"none among {', '.join(sorted(releases)) or 'no headers at all'}",
+            got=", ".join(f"{release} in /{folder}" for release, folder in fitting)
+            or f"none among {', '.join(release for release, _ in known) or 'no headers at all'}",
             hint="a release's kmodbuild image has the headers of its own kernel, one per flavour",
         )
-    release, output = fitting.popitem()
+    release, output = fitting[0]
     symvers = rootfs.read(f"{output}/Module.symvers")
     config = rootfs.read(_first(rootfs, f"{output}/.config", f"{output}/include/config/auto.conf"))
     settings = _config(rootfs, output)
@@ -137,7 +138,7 @@ def _headers(rootfs: RootFs) -> Iterator[tuple[str, str]]:
 
 
 def _config(rootfs: RootFs, folder: str) -> dict[str, str]:
-    path = f"{folder}/include/config/auto.conf"
+    path = _first(rootfs, f"{folder}/include/config/auto.conf", f"{folder}/.config")
     text = rootfs.read(path).decode() if rootfs.resolve(path) else ""
     return dict(line.split("=", 1) for line in text.splitlines() if line.startswith("CONFIG_") and "=" in line)
 

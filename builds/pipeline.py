@@ -129,7 +129,9 @@ def build_image(run: Run) -> Image:
                     f"the {module_type} modules of its plan are not compiled",
                     hint=f'nox -s "build-driver({run.cell})" compiles them',
                 )
-        return _image(run, made, inputs)
+        image = packing.find(made, run.layout, run.report) or _pack(run, made, inputs)
+        _load(run, image, made)
+        return image
 
 
 def build(run: Run) -> Image:
@@ -253,12 +255,14 @@ def _planned(run: Run) -> tuple[Plan, Inputs]:
 
 def _build(run: Run) -> tuple[Plan, Inputs, Image]:
     made, inputs = _planned(run)
-    if image := packing.find(made, run.layout):
+    image = packing.find(made, run.layout, run.report)
+    if image:
         run.report.say(f"  {run.cell}: up to date", style="green")
-        _load(run, image, made)
-        return made, inputs, image
-    _driver(run, made, inputs)
-    return made, inputs, _image(run, made, inputs)
+    else:
+        _driver(run, made, inputs)
+        image = _pack(run, made, inputs)
+    _load(run, image, made)
+    return made, inputs, image
 
 
 def _driver(run: Run, made: Plan, inputs: Inputs) -> None:
@@ -291,14 +295,11 @@ def compiled(run: Run, made: Plan) -> dict[ModuleType, Path]:
     return {module_type: path for module_type, key in made.modules.items() if (path := run.cache.find("modules", key))}
 
 
-def _image(run: Run, made: Plan, inputs: Inputs) -> Image:
-    image = packing.find(made, run.layout)
-    if image is None:
-        tree = compiling.driver_tree(made, inputs, run.cache, run.report)
-        packed = userspace.layer(made, tree, run.cache, run.report)
-        image = packing.assemble(made, inputs.base, packed, compiled(run, made), run.layout, run.cache, run.report)
-    _load(run, image, made)
-    return image
+def _pack(run: Run, made: Plan, inputs: Inputs) -> Image:
+    """Write the image, from modules that are in the cache."""
+    tree = compiling.driver_tree(made, inputs, run.cache, run.report)
+    packed = userspace.layer(made, tree, run.cache, run.report)
+    return packing.assemble(made, inputs.base, packed, compiled(run, made), run.layout, run.cache, run.report)
 
 
 def verify_built(run: Run, out: Path, repeat: str) -> Record:

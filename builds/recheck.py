@@ -19,6 +19,8 @@ from .oci import Image
 from .pipeline import Run
 from .record import RECORD, Difference, Record, differences, tool_differences
 
+_SHOWN = 20  # differences that are printed
+
 
 def verify_image(reference: str, cell: Cell | None, options: Mapping[str, str], report: Reporter) -> Record:
     """Prove an image right that may come from anywhere; builds nothing.
@@ -143,10 +145,12 @@ def _show(found: Sequence[Difference], tools: Sequence[Difference], report: Repo
             "Differences",
             ("what", "record", "now"),
             [
-                *((one.what, shorten(one.old), shorten(one.new)) for one in found),
+                *((one.what, shorten(one.old), shorten(one.new)) for one in found[:_SHOWN]),
                 *((f"{one.what} (does not count)", shorten(one.old), shorten(one.new)) for one in tools),
             ],
         )
+        if len(found) > _SHOWN:
+            report.say(f"… {len(found) - _SHOWN} more; the new record has them all")
 
 
 def _settings_of(record: Record) -> dict[str, str]:

@@ -90,19 +90,32 @@ def environment(**more: str) -> dict[str, str]:
     return {**{name: value for name, value in os.environ.items() if name not in ours}, **more}
 
 
+def run_builds(*arguments: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m builds`` as a user would."""
+    return subprocess.run(
+        [sys.executable, "-m", "builds", *arguments],
+        cwd=ROOT,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+
+
 @pytest.fixture
 def builds(out: Path) -> Cli:
-    """Run ``python -m builds`` as a user would, with the shared output folder."""
+    """Run ``python -m builds``, with the shared output folder."""
 
     def run(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "builds", *arguments],
-            cwd=ROOT,
-            env=environment(**{"OUT_DIR": str(out), **(env or {})}),
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            check=False,
-        )
+        return run_builds(*arguments, env={"OUT_DIR": str(out), **(env or {})})
 
     return run
+
+
+@pytest.fixture(scope="session")
+def verified(built: Built) -> Built:
+    """The default cell, with a passing record."""
+    done = run_builds("verify", str(built.cell), env={"OUT_DIR": str(built.out.parent)})
+    assert done.returncode == 0, done.stderr
+    return built

@@ -8,6 +8,7 @@ import http.client
 import http.server
 import json
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -16,11 +17,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import bcrypt
 import requests
 import trustme
 import yaml
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from builds import oci
 from builds.cache import canonical_json
@@ -39,6 +43,74 @@ def fetch(folder: Path) -> Path:
     return folder / "unpacked/usr/bin/docker-registry"
 
 
+_SERVICE, _ISSUER = "tests-registry", "tests-issuer"
+
+
+@dataclass
+class Tokens:
+    """A token server, as public registries have one: whoever knows the password gets what the challenge asks for."""
+
+    user: str
+    password: str
+    seconds: int
+    """How long a token is good."""
+    certificate: bytes = b""
+    realm: str = ""
+    scopes: list[str] = field(default_factory=list)
+    """What tokens were given for."""
+
+
+@contextmanager
+def token_server(tokens: Tokens) -> Iterator[Tokens]:
+    """Run a token server (distribution's token authentication: a JWT, signed with a key that the registry knows)."""
+    issued = trustme.CA().issue_cert("tokens.tests.example", key_type=trustme.KeyType.RSA)
+    key = serialization.load_pem_private_key(issued.private_key_pem.bytes(), None)
+    assert isinstance(key, rsa.RSAPrivateKey)
+    tokens.certificate = issued.cert_chain_pems[0].bytes()
+    der = ssl.PEM_cert_to_DER_cert(tokens.certificate.decode())
+
+    def token(scopes: list[str]) -> str:
+        access = [
+            {"type": kind, "name": name, "actions": actions.split(",")}
+            for kind, name, actions in (scope.split(":") for scope in scopes)
+        ]
+        now = int(time.time())
+        claims = {"iss": _ISSUER, "sub": tokens.user, "aud": _SERVICE, "access": access, "jti": str(time.time_ns())}
+        claims |= {"nbf": now - 60, "iat": now, "exp": now + tokens.seconds}  # type: ignore[dict-item]
+        header = {"typ": "JWT", "alg": "RS256", "x5c": [base64.b64encode(der).decode()]}
+        signed = b".".join(_base64(json.dumps(part).encode()) for part in (header, claims))
+        return (signed + b"." + _base64(key.sign(signed, padding.PKCS1v15(), hashes.SHA256()))).decode()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # the base class's name
+            known = base64.b64encode(f"{tokens.user}:{tokens.password}".encode()).decode()
+            good = self.headers.get("Authorization") == f"Basic {known}"
+            scopes = parse_qs(urlsplit(self.path).query).get("scope", [])
+            tokens.scopes += scopes if good else []
+            body = json.dumps({"token": token(scopes)} if good else {"details": "who are you?"}).encode()
+            self.send_response(200 if good else 401)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        tokens.realm = f"http://127.0.0.1:{server.server_port}/token"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield tokens
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def _base64(data: bytes) -> bytes:
+    return base64.urlsafe_b64encode(data).rstrip(b"=")
+
+
 @dataclass(frozen=True)
 class Access:
     """How a registry is to be spoken to; by default as anybody likes."""
@@ -47,6 +119,7 @@ class Access:
     password: str = ""
     authority: trustme.CA | None = None
     read_only: bool = False
+    tokens: Tokens | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +157,17 @@ def serve(binary: Path, folder: Path, access: Access = Access(), storage: Path |
     }
     session = requests.Session()
     session.trust_env = False  # a certificate bundle named there would be asked instead of ours
-    if access.user:
+    if access.tokens:
+        (folder / "tokens.pem").write_bytes(access.tokens.certificate)
+        settings["auth"] = {
+            "token": {
+                "realm": access.tokens.realm,
+                "service": _SERVICE,
+                "issuer": _ISSUER,
+                "rootcertbundle": str(folder / "tokens.pem"),
+            }
+        }
+    elif access.user:
         hashed = bcrypt.hashpw(access.password.encode(), bcrypt.gensalt(4)).decode()
         (folder / "htpasswd").write_text(f"{access.user}:{hashed}\n")
         settings["auth"] = {"htpasswd": {"realm": "tests", "path": str(folder / "htpasswd")}}
@@ -249,7 +332,9 @@ def _put_manifest(url: str, name: str, data: bytes, media_type: str) -> None:
 def _wait(session: requests.Session, url: str) -> None:
     for _ in range(100):
         try:
-            session.get(url, timeout=5).raise_for_status()
+            answer = session.get(url, timeout=5)
+            if answer.status_code != 401:  # as one that wants a token answers
+                answer.raise_for_status()
             return
         except requests.ConnectionError:
             time.sleep(0.1)

@@ -29,7 +29,7 @@ from builds.record import Record
 from builds.tags import Tag, TagKind
 
 from .conftest import ROOT, Built, Cli, environment
-from .registries import Access, Kind, Proxy, Server, docker_config, proxied, put, serve
+from .registries import Access, Kind, Proxy, Server, Tokens, docker_config, proxied, put, serve, token_server
 
 REPOSITORY = "gl/driver"
 PASSWORD = "correct-horse-7-battery"
@@ -118,7 +118,7 @@ def _renew(server: Server, image: Image) -> None:
 @pytest.mark.usefixtures("quick")
 def test_a_push_outlives_every_fault_that_passes(server: Server, proxy: Proxy, images: tuple[Image, Image]) -> None:
     """Each kind of fault, at each request: the push goes on, and ends in the same state."""
-    old, new = images
+    _, new = images
     asked = _requests(server, proxy, images, "passing/none")
     assert len(asked) > 25, "a push that asks for less does not read back what it wrote"
     for kind in Kind:
@@ -126,7 +126,6 @@ def test_a_push_outlives_every_fault_that_passes(server: Server, proxy: Proxy, i
             if kind is Kind.DELAY and number % 5:
                 continue  # they take their time
             name = f"passing/{kind.name.lower()}-{number}"
-            _push(server.address, name, old)
             _renew(server, new)
             proxy.reset({number: kind})
             _push(proxy.address, name, new)
@@ -215,21 +214,6 @@ def test_the_tag_that_nodes_follow_is_set_last(server: Server, images: tuple[Ima
 
 
 # The image of the default cell, as a user pushes it.
-
-
-@pytest.fixture(scope="module")
-def verified(built: Built) -> Built:
-    """The default cell, with a passing record."""
-    done = subprocess.run(
-        [sys.executable, "-m", "builds", "verify", str(built.cell)],
-        cwd=ROOT,
-        env=environment(OUT_DIR=str(built.out.parent)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return built
 
 
 @pytest.fixture
@@ -332,6 +316,35 @@ def test_a_credential_helper_is_asked(registry_binary: Path, verified: Built, bu
         )
         assert done.returncode == 0, done.stderr
         assert len(server.tags(REPOSITORY)) == len(verified.plan.tags)
+
+
+def test_a_registry_of_tokens_gives_one_for_each_thing_that_is_done(
+    registry_binary: Path, verified: Built, builds: Cli, tmp_path: Path
+) -> None:
+    """As public registries do: a token to ask is none to push, and each is good for a moment only."""
+    with (
+        token_server(Tokens("robot", PASSWORD, seconds=1)) as tokens,
+        serve(registry_binary, tmp_path / "registry", Access(tokens=tokens)) as server,
+    ):
+        good = docker_config(tmp_path / "good", server.address, "robot", PASSWORD)
+        wrong = docker_config(tmp_path / "wrong", server.address, "robot", "wrong-" + PASSWORD)
+        place = _place(server, REPOSITORY)
+        for folder in (wrong, tmp_path / "none"):
+            done = builds("push", str(verified.cell), env={**place, "DOCKER_CONFIG": str(folder)})
+            assert done.returncode == 5, done.stderr
+            assert f"docker login {server.address}" in done.stderr
+            assert PASSWORD not in done.stderr
+            assert "Traceback" not in done.stderr
+        assert tokens.scopes == []
+        done = builds("push", str(verified.cell), env={**place, "DOCKER_CONFIG": str(good)})
+        assert done.returncode == 0, done.stderr
+        assert len(server.tags(REPOSITORY)) == len(verified.plan.tags)
+        assert f"repository:{REPOSITORY}:pull" in tokens.scopes
+        assert {scope for scope in tokens.scopes if "push" in scope}
+        reference = f"{server.address}/{REPOSITORY}:{verified.plan.tags[0].name}"
+        env = {**place, "DOCKER_CONFIG": str(good), "OUT_DIR": str(tmp_path / "out")}
+        done = builds("verify", "--image", reference, env=env)
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_certificate_must_be_trusted(registry_binary: Path, verified: Built, builds: Cli, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,31 @@ def test_scratch_folders_of_dead_processes_are_removed_and_nothing_else(tmp_path
     with scratch(tmp_path) as folder, scratch(tmp_path) as other:
         assert {dead, folder, other, foreign} & set(tmp_path.iterdir()) == {folder, other, foreign}
     assert list(tmp_path.iterdir()) == [foreign]
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut short", "missing", "too many", "digests gone"])
+def test_a_proven_entry_that_is_not_what_it_was_is_made_again(damage: str, tmp_path: Path) -> None:
+    cache, made = Cache(tmp_path), []
+
+    def build(folder: Path) -> None:
+        made.append(folder)
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").write_text("content")
+
+    entry, new = cache.make("step", "key", build, proven=True)
+    assert new
+    assert cache.make("step", "key", build, proven=True) == (entry, False)
+    file = entry / "sub" / "file"
+    actions: dict[str, Callable[[], object]] = {
+        "changed": lambda: file.write_text("Content"),
+        "cut short": lambda: file.write_text("conten"),
+        "missing": file.unlink,
+        "too many": lambda: (entry / "more").write_text(""),
+        "digests gone": (entry / ".sha256.json").unlink,
+    }
+    actions[damage]()
+    assert cache.find_whole("step", "key") is None
+    assert cache.make("step", "key", build, proven=True) == (entry, True)
+    assert file.read_text() == "content"
+    assert cache.find_whole("step", "key") == entry
+    assert len(made) == 2

@@ -1,0 +1,265 @@
+"""What users get wrong, and what machines do to them: it is said, has its exit status, and leaves nothing half-done."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from builds import oci
+from builds.lab import package
+from builds.model import Arch
+from builds.oci import Entry
+from builds.record import Record
+
+from .conftest import ROOT, Built, Cli, environment
+
+
+def _truncated(good: Path, bad: Path) -> None:
+    data = good.read_bytes()
+    bad.write_bytes(data[: len(data) - 1000])
+
+
+def _changed(good: Path, bad: Path) -> None:
+    data = bytearray(good.read_bytes())
+    data[len(data) // 2] ^= 1
+    bad.write_bytes(data)
+
+
+def _html(_good: Path, bad: Path) -> None:
+    bad.write_text("<!DOCTYPE html><html><body>Access denied</body></html>")
+
+
+def _empty(_good: Path, bad: Path) -> None:
+    bad.touch()
+
+
+def _package(version: str, arch: Arch) -> Callable[[Path, Path], None]:
+    """A package that is whole, of another version or architecture."""
+
+    def write(_good: Path, bad: Path) -> None:
+        tree = bad.parent / "tree"
+        (tree / "kernel").mkdir(parents=True)
+        (tree / "kernel/Makefile").write_text("all:\n")
+        package.write(tree, version, arch, [], bad, lambda _: None)
+
+    return write
+
+
+BAD_PACKAGES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
+    "truncated": (_truncated, "is damaged, cut short or altered"),
+    "a byte changed": (_changed, "is damaged, cut short or altered"),
+    "html": (_html, "a web page"),
+    "empty": (_empty, "an empty file"),
+    "other architecture": (_package("550.163.01", Arch.ARM64), "aarch64"),
+    "other version": (_package("550.163.02", Arch.AMD64), "550.163.02"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PACKAGES)
+def test_a_bad_driver_package_is_refused(case: str, built: Built, builds: Cli, tmp_path: Path) -> None:
+    spoil, said = BAD_PACKAGES[case]
+    bad = tmp_path / built.plan.package.name
+    spoil(built.inputs.package, bad)
+    out = tmp_path / "out"
+    done = builds("build", str(built.cell), env={"NVIDIA_BASE_URL": str(bad), "OUT_DIR": str(out)})
+    assert done.returncode == 3, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (out / str(built.cell) / "image").exists()
+    assert not (out / str(built.cell) / "plan.json").exists()
+    done = builds("plan", str(built.cell))
+    assert done.returncode == 0, "the good one is still there"
+
+
+HEADERS = {
+    "include/generated/utsrelease.h": '#define UTS_RELEASE "6.1.0-99-cloud-amd64"\n',
+    "include/generated/uapi/linux/version.h": "#define LINUX_VERSION_CODE 393394\n",
+    ".config": "CONFIG_X86_64=y\n",
+    "Module.symvers": "0x00000000\tvfree\tvmlinux\tEXPORT_SYMBOL\t\n",
+}
+SECOND = [
+    Entry(f"usr/src/linux-headers-6.1.0-99-cloud-amd64/{name}", "file", 0o644, text.encode())
+    for name, text in HEADERS.items()
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [("without headers", "no headers at all"), ("two of a flavour", "6.1.0-99-cloud-amd64")],
+)
+def test_a_kmodbuild_image_must_have_one_kernel_of_the_flavour(
+    case: str, said: str, built: Built, builds: Cli, tmp_path: Path
+) -> None:
+    """The base image has no headers; a layer on top of the sound kmodbuild image brings a second candidate."""
+    source = built.inputs.base if case == "without headers" else built.inputs.kmodbuild
+    layout = tmp_path / "images" / "kmodbuild"
+    oci.create(layout)
+    layers = list(source.layers)
+    for digest in [layer.descriptor.digest for layer in layers]:
+        os.link(oci.blob_path(source.layout, digest), oci.blob_path(layout, digest))
+    if case != "without headers":
+        more = oci.write_layer(SECOND, tmp_path / "layer")
+        (tmp_path / "layer").rename(oci.blob_path(layout, more.descriptor.digest))
+        layers.append(more)
+    oci.add_image(layout, layers, arch=Arch.AMD64, names=[f"amd64-{built.cell.gl}"])
+    base = tmp_path / "images"
+    oci.create(base)
+    for blob in (built.inputs.base.descriptor, built.inputs.base.config_descriptor):
+        shutil.copyfile(oci.blob_path(built.inputs.base.layout, blob.digest), oci.blob_path(base, blob.digest))
+    oci.name_image(base, built.inputs.base.descriptor, ["debian13"])
+    env = {"GL_REGISTRY": f"oci:{base}", "NVIDIA_BASE_URL": str(built.inputs.package), "OUT_DIR": str(tmp_path / "out")}
+    done = builds("build", str(built.cell), env=env)
+    assert done.returncode == 3, done.stderr
+    assert "must have the headers of exactly one cloud kernel for amd64" in done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@contextmanager
+def _disk(place: Path, megabytes: int) -> Iterator[Callable[[int], None]]:
+    """A small disk at a place; gives a function that makes it larger."""
+    place.mkdir()
+
+    def mount(*options: str) -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "tests", str(place)], check=True)
+
+    mount(f"size={megabytes}m")
+    try:
+        yield lambda more: mount("remount", f"size={more}m")
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("megabytes", [1, 60, 200])
+def test_a_full_output_folder_is_said_and_the_next_run_ends_well(
+    megabytes: int, built: Built, builds: Cli, tmp_path: Path
+) -> None:
+    """Full while the modules are copied, while the image is written, and at the very start."""
+    with _disk(tmp_path / "out", megabytes) as enlarge:
+        out = tmp_path / "out"
+        done = builds("verify", str(built.cell), env={"OUT_DIR": str(out)})
+        assert done.returncode == 5, done.stderr
+        assert "the disk is full" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not list(out.glob("*/record.json"))
+        assert not list(out.glob("*/*.part"))
+        enlarge(1000)
+        done = builds("verify", str(built.cell), env={"OUT_DIR": str(out)})
+        assert done.returncode == 0, done.stderr
+        assert Record.read(out / str(built.cell) / "record.json").digest == built.image.digest
+
+
+def _apart(built: Built, cache: Path) -> dict[str, str]:
+    """An empty cache, with the lab's inputs where a user's mirror would be."""
+    images = f"oci:{built.cache.root}/lab/images"
+    return {"GL_REGISTRY": images, "NVIDIA_BASE_URL": str(built.inputs.package), "CACHE_DIR": str(cache)}
+
+
+@pytest.mark.parametrize("megabytes", [1, 100, 900])
+def test_a_full_cache_is_said_and_the_next_run_ends_well(
+    megabytes: int, built: Built, builds: Cli, tmp_path: Path
+) -> None:
+    """Full while the kernel is read, while the package is unpacked, while layers are written. Nothing is compiled."""
+    with _disk(tmp_path / "cache", megabytes) as enlarge:
+        cache, out = tmp_path / "cache", tmp_path / "out"
+        shutil.copytree(built.out / "modules", out / str(built.cell) / "modules")
+        env = {**_apart(built, cache), "OUT_DIR": str(out)}
+        done = builds("build-image", str(built.cell), env=env)
+        assert done.returncode == 5, done.stderr
+        assert "the disk is full" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not list(cache.rglob("*.part"))
+        assert not (out / str(built.cell) / "image").exists()
+        enlarge(4000)
+        done = builds("build-image", str(built.cell), env=env)
+        assert done.returncode == 0, done.stderr
+        assert oci.find_image(out / str(built.cell) / "image").digest == built.image.digest
+
+
+def test_a_disk_that_fills_up_costs_no_record(built: Built, builds: Cli, tmp_path: Path) -> None:
+    """What was verified stays verified: the record of the same bytes is replaced, never lost."""
+    with _disk(tmp_path / "out", 800) as enlarge:
+        out = tmp_path / "out"
+        shutil.copytree(built.out, out / str(built.cell))
+        done = builds("verify", str(built.cell), env={"OUT_DIR": str(out)})
+        assert done.returncode == 0, done.stderr
+        before = Record.read(out / str(built.cell) / "record.json")
+        free = os.statvfs(out)
+        with (out / "filler").open("wb") as filler:
+            for _ in range(free.f_bavail * free.f_frsize // 4096):
+                filler.write(b"\0" * 4096)
+        done = builds("verify", str(built.cell), env={"OUT_DIR": str(out)})
+        assert done.returncode == 5, done.stderr
+        assert "the disk is full" in done.stderr
+        assert Record.read(out / str(built.cell) / "record.json") == before
+        enlarge(900)
+
+
+def _at_once(*runs: tuple[list[str], dict[str, str]]) -> list[tuple[int, str]]:
+    """Exit status and what was said of runs that go on at the same time."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "builds", *arguments],
+            cwd=ROOT,
+            env=environment(**env),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for arguments, env in runs
+    ]
+    said = [process.communicate()[1] for process in started]
+    return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
+
+
+def test_two_builds_of_one_cell_at_once_end_well(built: Built, tmp_path: Path) -> None:
+    """In one output folder one waits for the other."""
+    command = ["build", str(built.cell)]
+    done = _at_once(*[(command, {"OUT_DIR": str(tmp_path)})] * 2)
+    assert [status for status, _ in done] == [0, 0], done
+    assert any("waiting for another run" in said for _, said in done)
+    assert oci.find_image(tmp_path / str(built.cell) / "image").digest == built.image.digest
+
+
+def test_two_runs_that_share_an_empty_cache_end_well(built: Built, tmp_path: Path) -> None:
+    """In folders of their own they meet at every part of the cache."""
+    runs = []
+    for name in ("one", "two"):
+        shutil.copytree(built.out / "modules", tmp_path / name / str(built.cell) / "modules")
+        env = {**_apart(built, tmp_path / "cache"), "OUT_DIR": str(tmp_path / name)}
+        runs.append((["build-image", str(built.cell)], env))
+    done = _at_once(*runs)
+    assert [status for status, _ in done] == [0, 0], done
+    digests = {oci.find_image(tmp_path / name / str(built.cell) / "image").digest for name in ("one", "two")}
+    assert digests == {built.image.digest}
+
+
+def test_credentials_in_an_address_show_nowhere(built: Built, builds: Cli, tmp_path: Path) -> None:
+    env = {"NVIDIA_BASE_URL": "http://robot:hunter2@127.0.0.1:9/tesla", "OUT_DIR": str(tmp_path)}
+    done = builds("build", str(built.cell), env=env)
+    assert done.returncode == 5, done.stderr
+    assert "http://127.0.0.1:9/tesla" in done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in left if b"hunter2" in path.read_bytes()]
+
+
+def test_a_damaged_layout_is_made_again(built: Built, builds: Cli, tmp_path: Path) -> None:
+    """A disk has changed a bit of the image in the output folder: what the plan lacks is built."""
+    shutil.copytree(built.out, tmp_path / str(built.cell))
+    layer = built.image.layers[-1].descriptor.digest
+    blob = oci.blob_path(tmp_path / str(built.cell) / "image", layer)
+    data = bytearray(blob.read_bytes())
+    data[len(data) // 2] ^= 1
+    blob.write_bytes(data)
+    done = builds("build", str(built.cell), env={"OUT_DIR": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    oci.check_blobs(oci.find_image(tmp_path / str(built.cell) / "image"))
+    assert json.loads((tmp_path / str(built.cell) / "plan.json").read_text())["image"] == built.plan.image
