@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import docker
 import psutil
@@ -261,27 +262,39 @@ def _as_root(info: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def _owner() -> dict[str, object]:
+    """This process, so that others can tell whether it is still there."""
+    machine = Path("/etc/machine-id")
     return {
+        "machine": machine.read_text().strip() if machine.is_file() else "",
         # A process id means something in its own namespace only, and until the next boot; engines can be shared.
         "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        "pids": os.stat("/proc/self/ns/pid").st_ino,
+        "pids": Path("/proc/self/ns/pid").stat().st_ino,
         "pid": os.getpid(),
         "started": psutil.Process().create_time(),
     }
 
 
+def _is_gone(owner: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Whether the maker of a container is certainly no more, seen from here."""
+    if owner["boot"] != here["boot"]:
+        return bool(here["machine"]) and owner["machine"] == here["machine"]
+    if owner["pids"] != here["pids"]:
+        return False
+    try:
+        return bool(psutil.Process(owner["pid"]).create_time() != owner["started"])
+    except psutil.NoSuchProcess:
+        return True
+
+
 def _reap(engine: Engine) -> None:
-    """Remove containers whose maker, a process that we would see, is gone."""
+    """Remove containers whose maker is gone."""
     here = _owner()
     for made in engine.client.containers.list(all=True, filters={"label": LABEL}, ignore_removed=True):
         try:
-            owner = json.loads(made.labels[LABEL])
-            alive = psutil.Process(owner["pid"]).create_time() == owner["started"]
-        except psutil.NoSuchProcess:
-            alive = False
+            gone = _is_gone(json.loads(made.labels[LABEL]), here)
         except (KeyError, ValueError):
             continue
-        if (owner.get("boot"), owner.get("pids")) == (here["boot"], here["pids"]) and not alive:
+        if gone:
             with suppress(APIError):
                 made.remove(force=True)
 
