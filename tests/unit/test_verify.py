@@ -14,7 +14,16 @@ import pytest
 
 from builds import verify
 from builds.errors import InfrastructureError, VerificationError
-from builds.record import CheckResult, Outcome, Record, counts, junit
+from builds.record import (
+    CheckResult,
+    Difference,
+    Outcome,
+    Record,
+    counts,
+    differences,
+    junit,
+    tool_differences,
+)
 from builds.verify import GROUPS, conclude, trouble
 
 ALL = [(f"{group}.check", "") for group in GROUPS]
@@ -155,6 +164,68 @@ def test_what_is_no_record_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text(text)
     with pytest.raises(VerificationError, match="record"):
         Record.read(tmp_path / "record.json")
+
+
+def test_a_check_that_is_not_required_may_be_not_run_but_not_failed() -> None:
+    def optional(outcome: Outcome) -> CheckResult:
+        return dataclasses.replace(result("modules.bytes", outcome), required=False)
+
+    assert record(result("a.b"), optional(Outcome.NOT_RUN)).passed
+    assert not record(result("a.b"), optional(Outcome.FAILED)).passed
+    assert not record(optional(Outcome.NOT_RUN)).passed, "nothing passed"
+    suite = next(ET.fromstring(junit(record(result("modules.a"), optional(Outcome.NOT_RUN)))).iter("testsuite"))
+    assert (suite.get("errors"), suite.get("skipped")) == ("0", "1")
+    assert [child.tag for child in suite.iter("skipped")] == ["skipped"]
+
+
+def test_a_pass_that_found_something_else_is_no_record() -> None:
+    document = json.loads(json.dumps(record(result("a.b")).to_json()))
+    document["checks"][0]["found"] = 2
+    with pytest.raises(VerificationError, match=r"a\.b cannot have passed"):
+        Record.from_json(document)
+
+
+def test_records_of_one_verdict_do_not_differ() -> None:
+    one = record(result("a.b"), plan={"kernel": {"release": "6.1"}, "tags": [1]})
+    other = dataclasses.replace(
+        one, checks=(dataclasses.replace(one.checks[0], seconds=9.9),), repeat="another", tools={"python": "4"}
+    )
+    assert differences(one, other) == ()
+    assert tool_differences(one, other) == (Difference("tools.python", "3", "4"),)
+
+
+def test_what_differs_is_named_one_by_one() -> None:
+    one = record(result("a.b"), result("c.d"), plan={"kernel": {"release": "6.1", "package": "1"}})
+    other = record(
+        result("a.b", Outcome.FAILED),
+        result("e.f"),
+        plan={"kernel": {"release": "6.1", "package": "2"}},
+        digest="sha256:" + "b" * 64,
+    )
+    found = {difference.what: (difference.old, difference.new) for difference in differences(one, other)}
+    assert found.keys() == {"digest", "plan.kernel.package", "a.b", "c.d", "e.f"}
+    assert found["plan.kernel.package"] == ("1", "2")
+    assert found["c.d"][1] is None
+    assert found["e.f"][0] is None
+    assert found["a.b"][1]["outcome"] == "failed"
+
+
+def test_a_record_of_other_bytes_goes_before_a_new_one_is_made(tmp_path: Path) -> None:
+    made = record(result("a.b"))
+    made.write(tmp_path)
+    verify._drop_stale(tmp_path, made.digest)
+    assert Record.read(tmp_path / "record.json") == made
+    verify._drop_stale(tmp_path, "sha256:" + "b" * 64)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "record.json").write_text("{")
+    verify._drop_stale(tmp_path, made.digest)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_suites_checks_are_known_and_each_is_of_a_group() -> None:
+    known = verify.known_checks()
+    assert "modules.crcs" in known
+    assert {name.partition(".")[0] for name in known} == set(GROUPS)
 
 
 def test_failed_is_told_from_not_run() -> None:
