@@ -8,24 +8,25 @@ make it once. What a killed run left is removed by the next one that holds the l
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 from filelock import FileLock, Timeout
 
 from .errors import BuildError, InfrastructureError
 
 CHUNK = 1 << 20
-_SCRATCH = "nvidia-builds-"  # and the process that made the folder
+_SCRATCH = "nvidia-builds-"
+_JUST_MADE = 1.0  # seconds in which whoever made a folder has locked it
 _DIGESTS = ".sha256.json"
 
 
@@ -133,14 +134,29 @@ def publish(folder: Path, make: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def scratch(place: Path) -> Iterator[Path]:
-    """A temporary folder below ``place``, named after this process; removes those of processes that are gone."""
+    """A temporary folder below ``place``; removes those that killed runs left.
+
+    A folder is locked by whoever uses it: unlike a process id that means the same to every container that shares the
+    cache.
+    """
     place.mkdir(parents=True, exist_ok=True)
-    for left in place.iterdir():
-        maker = re.match(rf"{_SCRATCH}(\d+)-", left.name)
-        if maker and not psutil.pid_exists(int(maker[1])):
-            shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-", dir=place) as folder:
+    for left in place.glob(f"{_SCRATCH}*"):
+        with suppress(OSError), _held(left):
+            if left.stat().st_mtime < time.time() - _JUST_MADE:
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=place) as folder, _held(Path(folder)):
         yield Path(folder)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder itself. Raises OSError where somebody has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

@@ -188,5 +188,5 @@ def export(made: Path, target: Path) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     """Copy the files of a folder. Not by copytree: of a full disk it makes an error that does not say so."""
-    for path in sorted(source.iterdir()):
+    for path in sorted(path for path in source.iterdir() if path.is_file()):
         shutil.copy2(path, target)

@@ -21,8 +21,6 @@ TRIES = 5
 """How often a request is made before its failure is believed."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0  # seconds; pauses double, unless the server names one
-_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
-"""Statuses of a server that may do better soon."""
 
 
 class _Adapter(HTTPAdapter):
@@ -57,7 +55,7 @@ def prepare(session: requests.Session, authorities: Iterable[Path] = ()) -> requ
 
 def check(response: requests.Response) -> requests.Response:
     """The response, unless its status asks for another try: then HTTPError, which :func:`retrying` waits for."""
-    if response.status_code in _AGAIN:
+    if _is_passing(response.status_code):
         raise requests.HTTPError(status(response), response=response)
     return response
 
@@ -111,7 +109,12 @@ def reason(error: BaseException | None) -> str:
 
 def public(text: str) -> str:
     """A text with the credentials of its URLs left out."""
-    return re.sub(r"(?<=://)[^/\s@]+@", "", text)
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
+def _is_passing(status: int) -> bool:
+    """Whether a server may do better soon: too much to do (408, 429), or a failure of its own but "I cannot" (501)."""
+    return status in (408, 429) or (status >= 500 and status != 501)
 
 
 def _causes(error: BaseException | None) -> Iterable[BaseException]:
@@ -128,7 +131,7 @@ def _causes(error: BaseException | None) -> Iterable[BaseException]:
 
 def _may_pass(error: BaseException) -> bool:
     if isinstance(error, requests.HTTPError):
-        return error.response is not None and error.response.status_code in _AGAIN
+        return error.response is not None and _is_passing(error.response.status_code)
     passing = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
     return isinstance(error, passing) and not untrusted(error)
 
@@ -138,8 +141,11 @@ def _pause(state: tenacity.RetryCallState) -> float:
     assert state.outcome
     error = state.outcome.exception()
     asked = error.response.headers.get("Retry-After", "") if isinstance(error, requests.HTTPError) else ""
-    if asked.isdecimal():
-        return min(float(asked), _LONGEST_PAUSE)
-    if asked and (date := email.utils.parsedate_tz(asked)):
-        return min(max(email.utils.mktime_tz(date) - time.time(), 0.0), _LONGEST_PAUSE)
+    try:
+        if asked.isdecimal():
+            return min(float(asked[:9]), _LONGEST_PAUSE)
+        if asked and (date := email.utils.parsedate_tz(asked)):
+            return min(max(email.utils.mktime_tz(date) - time.time(), 0.0), _LONGEST_PAUSE)
+    except (ValueError, OverflowError):
+        pass  # it does not mean it
     return float(_FIRST_PAUSE * 2 ** (state.attempt_number - 1))

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -71,13 +72,22 @@ class Descriptor:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Descriptor:
-        """Read a descriptor out of a manifest or an index."""
+        """Read a descriptor out of a manifest or an index. Raises KeyError, TypeError or ValueError for what is none.
+
+        Digests become paths and sizes become limits, so neither may be anything else. sha256 is the one algorithm
+        that registries must know.
+        """
+        media_type, digest, size = value["mediaType"], value["digest"], value["size"]
+        if not isinstance(media_type, str) or not isinstance(digest, str) or type(size) is not int:
+            raise TypeError(f"not a descriptor: {value}")
+        if not _DIGEST.fullmatch(digest) or size < 0:
+            raise ValueError(f"not a descriptor: {digest} of {size} bytes")
         return cls(
-            value["mediaType"],
-            value["digest"],
-            value["size"],
-            value.get("annotations", {}),
-            value.get("platform", {}).get("architecture"),
+            media_type,
+            digest,
+            size,
+            dict(value.get("annotations") or {}),
+            (value.get("platform") or {}).get("architecture"),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -88,6 +98,9 @@ class Descriptor:
         if self.architecture:
             value["platform"] = {"architecture": self.architecture, "os": "linux"}
         return value
+
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -130,9 +143,10 @@ class Image:
 
 
 def blob_path(layout: Path, digest: str) -> Path:
-    """Where a layout keeps a blob."""
-    algorithm, _, value = digest.partition(":")
-    return layout / "blobs" / algorithm / value
+    """Where a layout keeps a blob. Raises BuildError for what is no digest: it would lead elsewhere."""
+    if not _DIGEST.fullmatch(digest):
+        raise BuildError(f"oci:{layout}", "names a blob by what is no sha256 digest", got=repr(digest)[:100])
+    return layout / "blobs" / "sha256" / digest.removeprefix("sha256:")
 
 
 def create(layout: Path) -> None:
@@ -272,8 +286,11 @@ def read_image(layout: Path, descriptor: Descriptor) -> Image:
     try:
         manifest = read_json(layout, descriptor.digest)
         image = Image(layout, descriptor, manifest, read_json(layout, manifest["config"]["digest"]))
-        if len(image.layers) != len(manifest["layers"]) or not isinstance(image.config["architecture"], str):
-            raise ValueError("it has no architecture")
+        if not isinstance(image.config["architecture"], str):
+            raise TypeError("it has no architecture")
+        if not isinstance(image.config.get("config") or {}, dict):
+            raise TypeError("its configuration is none")
+        _ = image.size  # every descriptor in it can be read
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BuildError(
             f"oci:{layout}", f"manifest or config of {descriptor.digest} is not an image's", got=repr(error)
@@ -283,6 +300,11 @@ def read_image(layout: Path, descriptor: Descriptor) -> Image:
 
 def read_json(layout: Path, digest: str) -> Any:
     """Read a JSON blob, proving its digest. Raises BuildError where it is missing or damaged."""
+    return json.loads(read_blob(layout, digest))
+
+
+def read_blob(layout: Path, digest: str) -> bytes:
+    """Read a small blob, proving its digest. Raises BuildError where it is missing or damaged."""
     try:
         data = blob_path(layout, digest).read_bytes()
     except OSError as error:
@@ -290,7 +312,7 @@ def read_json(layout: Path, digest: str) -> Any:
     found = "sha256:" + hashlib.sha256(data).hexdigest()
     if found != digest:
         raise BuildError(f"oci:{layout}", f"the blob named {digest} has other bytes", got=found)
-    return json.loads(data)
+    return data
 
 
 def write_layer(entries: Iterable[Entry], target: Path, progress: Callable[[int], None] | None = None) -> Layer:

@@ -21,7 +21,7 @@ from . import plan as planning
 from . import push as pushing
 from .cache import Cache, disk_errors, locked, remove, write_atomically
 from .console import Reporter, human_size, human_time
-from .errors import ConfigurationError, InfrastructureError, VerificationError
+from .errors import BuildError, ConfigurationError, HarnessError, InfrastructureError, VerificationError
 from .matrix import Matrix
 from .model import Arch, Cell, ModuleType
 from .oci import Image
@@ -137,7 +137,9 @@ def build_image(run: Run) -> Image:
 def build(run: Run) -> Image:
     """Compile and pack."""
     with phase(run, "build"):
-        return _build(run)[2]
+        made, _, image = _build(run)
+        _load(run, image, made)
+        return image
 
 
 def verify_cell(run: Run) -> Record:
@@ -153,16 +155,22 @@ def push(run: Run) -> Pushed:
     Raises VerificationError where the image is not verified, or the repository has another under its immutable tag.
     """
     with phase(run, "push"):
+        verify_it = repeat_line(run.cell)
         for what, path in (("has no image", run.layout / "oci-layout"), ("was not verified", run.out / RECORD)):
             if not path.is_file():
                 raise VerificationError(
-                    f"cell {run.cell}", f"is not pushed: it {what}", got=f"no {path}", repeat=repeat_line(run.cell)
+                    f"cell {run.cell}", f"is not pushed: it {what}", got=f"no {path}", hint=f"make it: {verify_it}"
                 )
-        image = oci.find_image(run.layout)
-        made = pushing.admit(Record.read(run.out / RECORD), image, repeat_line(run.cell))
+        try:
+            image = oci.find_image(run.layout)
+        except (BuildError, ConfigurationError) as error:
+            raise VerificationError(
+                f"cell {run.cell}", f"is not pushed: {error.subject} {error.fact}", got=error.got, hint=verify_it
+            ) from error
+        made = pushing.admit(Record.read(run.out / RECORD), image, verify_it)
         if made.cell != run.cell:
             raise VerificationError(
-                f"cell {run.cell}", "is not pushed: its record is another cell's", got=str(made.cell)
+                f"cell {run.cell}", "is not pushed: its record is another cell's", got=str(made.cell), hint=verify_it
             )
         place = registry.Reference.parse(f"{run.settings.image_path}@{image.digest}")
         pushed = pushing.run(image, made.tags, registry.connect(place.registry, place.repository, run.report))
@@ -261,7 +269,6 @@ def _build(run: Run) -> tuple[Plan, Inputs, Image]:
     else:
         _driver(run, made, inputs)
         image = _pack(run, made, inputs)
-    _load(run, image, made)
     return made, inputs, image
 
 
@@ -358,8 +365,11 @@ def _engine_if_any(run: Run) -> engines.Engine | None:
 
 
 @contextmanager
-def phase(run: Run, name: str) -> Iterator[None]:
-    """One session's work on a cell: under the cell's lock, with its steps' times kept for the summary."""
+def phase(run: Run, name: str, again: str | None = None) -> Iterator[None]:
+    """One session's work on a cell: under the cell's lock, with its steps' times kept for the summary.
+
+    ``again`` is the command that repeats it, if that is not just the session.
+    """
     before = len(run.report.steps)
     with (
         run.report.group(f"{name} {run.cell}"),
@@ -368,6 +378,9 @@ def phase(run: Run, name: str) -> Iterator[None]:
     ):
         try:
             yield
+        except HarnessError as error:
+            error.repeat = error.repeat or again or f'nox -s "{name}({run.cell})"'
+            raise
         finally:
             took = {**_phases(run), name: [asdict(step) for step in run.report.steps[before:]]}
             with suppress(InfrastructureError):  # times are worth less than the error that led here

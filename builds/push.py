@@ -7,7 +7,7 @@ verified, whole and read back, and a push that broke off is finished by the same
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from packaging.version import Version
 
 from . import __version__, oci, recipes, registry, verify
 from .console import Reporter, human_size
-from .errors import BuildError, InfrastructureError, VerificationError
+from .errors import BuildError, HarnessError, InfrastructureError, VerificationError
+from .image import PREFIX
 from .oci import Image
 from .plan import Plan
 from .record import Outcome, Record
@@ -49,17 +50,17 @@ class Pushed:
         return asdict(self)
 
 
-def admit(record: Record, image: Image, repeat: str) -> Plan:
+def admit(record: Record, image: Image, verify_it: str) -> Plan:
     """The plan that an image was verified against, if a record lets it pass.
 
     The record must be about exactly this digest, say that every required check passed, and come from the checks that
-    are here, or from those of a newer version of this project. ``repeat`` is the command that verifies the image.
+    are here, or from those of a newer version of this project. ``verify_it`` is the command that verifies the image.
     Raises VerificationError where it is not so.
     """
 
     def refuse(fact: str, got: str) -> VerificationError:
         return VerificationError(
-            f"image {image.digest[:19]}", f"is not pushed: {fact}", got=got, hint="verify it", repeat=repeat
+            f"image {image.digest[:19]}", f"is not pushed: {fact}", got=got, hint=f"verify it: {verify_it}"
         )
 
     if record.digest != image.digest:
@@ -67,7 +68,7 @@ def admit(record: Record, image: Image, repeat: str) -> Plan:
     if not record.passed:
         failing = [check.name for check in (*record.of(Outcome.FAILED), *record.missing)]
         raise refuse("its verification did not pass", ", ".join(failing[:3]) or "no check at all")
-    made_by, checks = Version(record.tools["harness"]), record.tools["checks"]
+    made_by, checks = record.made_by, record.tools["checks"]
     if checks != recipes.CHECKS and made_by <= Version(__version__):
         raise refuse("its record was made by other checks than these", f"those of {made_by}, {checks[:12]}")
     lacking = set(verify.GROUPS) - {check.group for check in record.checks}
@@ -76,9 +77,15 @@ def admit(record: Record, image: Image, repeat: str) -> Plan:
     if lacking:
         raise refuse("its record lacks checks", ", ".join(sorted(lacking)[:3]))
     try:
-        return Plan.from_json(record.plan)
-    except (KeyError, TypeError, ValueError) as error:
+        plan = Plan.from_json(record.plan)
+    except (AssertionError, AttributeError, HarnessError, KeyError, TypeError, ValueError) as error:
         raise refuse("its record has no readable plan", repr(error)) from error
+    if plan.cell.id != record.cell:
+        raise refuse("its record has the plan of another cell", plan.cell.id)
+    labels = (image.config.get("config") or {}).get("Labels") or {}
+    if labels.get(f"{PREFIX}.plan-key") != plan.image:
+        raise refuse("its record has the plan of another image", plan.image[:12])
+    return plan
 
 
 def run(image: Image, tags: Sequence[Tag], repository: Repository) -> Pushed:
@@ -86,11 +93,14 @@ def run(image: Image, tags: Sequence[Tag], repository: Repository) -> Pushed:
 
     Raises VerificationError where the layout is damaged or the immutable tag means another image, and
     InfrastructureError where the registry is out of reach, refuses, or gives back other bytes than it was given.
+    The protocol has no way to set a tag only if it is free: what a tag means is asked right before it is set, and two
+    pushes that ask in the same moment are beyond what a client can tell apart.
     """
     report = repository.report
     try:
         with report.bytes("check layout", image.size) as advance:
             oci.check_blobs(image, advance)
+        manifest = oci.read_blob(image.layout, image.digest)
     except BuildError as error:
         raise VerificationError(
             f"image {image.digest[:19]}",
@@ -98,13 +108,12 @@ def run(image: Image, tags: Sequence[Tag], repository: Repository) -> Pushed:
             got=error.got,
             hint="build and verify it again",
         ) from error
-    before = {tag.name: registry.digest_of(repository, tag.name) for tag in tags}
-    _keep_immutable(image, tags, before, repository)
-    uploaded = _blobs(image, repository, proven=_is_proven(image, tags, before))
-    _manifest(image, repository)
-    for tag in _in_order(tags):
-        _tag(image, tag, before[tag.name], repository)
-    moves = tuple(Move(tag.name, before[tag.name], image.digest) for tag in _in_order(tags))
+    ordered = _in_order(tags)
+    fixed = [_meaning(image, tag, repository) for tag in ordered if not tag.moves]
+    proven = image.digest in fixed
+    uploaded = _blobs(image, repository, proven=proven)
+    _manifest(image, manifest, repository)
+    moves = tuple(_tag(image, manifest, tag, repository) for tag in ordered)
     return Pushed(str(repository), image.digest, moves, uploaded)
 
 
@@ -121,22 +130,20 @@ def show(pushed: Pushed, report: Reporter) -> None:
     report.say(f"{pushed.repository}@{pushed.digest}")
 
 
-def _keep_immutable(
-    image: Image, tags: Sequence[Tag], before: Mapping[str, str | None], repository: Repository
-) -> None:
-    for tag in tags:
-        if not tag.moves and before[tag.name] not in (None, image.digest):
-            raise VerificationError(
-                f"image {image.digest[:19]}",
-                f"is not pushed: the immutable tag {tag.name} of {repository} means another image",
-                got=str(before[tag.name])[:19],
-                hint="the same plan gives the same bytes: one of the two was not made by this plan",
-            )
+def _meaning(image: Image, tag: Tag, repository: Repository) -> str | None:
+    """What a tag means now. Raises VerificationError where it is not free for this image.
 
-
-def _is_proven(image: Image, tags: Sequence[Tag], before: Mapping[str, str | None]) -> bool:
-    """Whether the repository's blobs were read back by an earlier push: the immutable tag is set after that."""
-    return any(not tag.moves and before[tag.name] == image.digest for tag in tags)
+    An immutable tag that means this image says that an earlier push has read back all of it.
+    """
+    digest = registry.digest_of(repository, tag.name)
+    if not tag.moves and digest not in (None, image.digest):
+        raise VerificationError(
+            f"image {image.digest[:19]}",
+            f"is not pushed: the immutable tag {tag.name} of {repository} means another image",
+            got=str(digest)[:19],
+            hint="the same plan gives the same bytes: one of the two was not made by this plan",
+        )
+    return digest
 
 
 def _in_order(tags: Sequence[Tag]) -> list[Tag]:
@@ -162,22 +169,24 @@ def _blobs(image: Image, repository: Repository, *, proven: bool) -> int:
     return uploaded
 
 
-def _manifest(image: Image, repository: Repository) -> None:
-    data = oci.blob_path(image.layout, image.digest).read_bytes()
+def _manifest(image: Image, data: bytes, repository: Repository) -> None:
     if registry.digest_of(repository, image.digest) is None:
         registry.put_manifest(repository, image.digest, data, image.descriptor.media_type)
-    if registry.fetch_manifest(repository, image.digest) != data:
-        raise InfrastructureError(str(repository), f"the registry gives back another manifest for {image.digest}")
+    try:
+        registry.fetch_manifest(repository, image.digest)  # which proves its bytes
+    except BuildError as error:
+        raise InfrastructureError(error.subject, error.fact, got=error.got, hint="its storage is damaged") from error
 
 
-def _tag(image: Image, tag: Tag, old: str | None, repository: Repository) -> None:
-    if old == image.digest:
-        return
-    data = oci.blob_path(image.layout, image.digest).read_bytes()
-    registry.put_manifest(repository, tag.name, data, image.descriptor.media_type)
-    found = registry.digest_of(repository, tag.name)
-    if found != image.digest:
-        raise InfrastructureError(
-            f"{repository}:{tag.name}", "the registry did not set the tag", got=str(found), hint="push again"
-        )
-    repository.report.say(f"  {tag.name}: {old or 'new'} → {image.digest}")
+def _tag(image: Image, data: bytes, tag: Tag, repository: Repository) -> Move:
+    """Let a tag mean the image, if it does not yet."""
+    old = _meaning(image, tag, repository)
+    if old != image.digest:
+        registry.put_manifest(repository, tag.name, data, image.descriptor.media_type)
+        found = registry.digest_of(repository, tag.name)
+        if found != image.digest:
+            raise InfrastructureError(
+                f"{repository}:{tag.name}", "the registry did not set the tag", got=str(found), hint="push again"
+            )
+        repository.report.say(f"  {tag.name}: {old or 'new'} → {image.digest}")
+    return Move(tag.name, old, image.digest)

@@ -31,7 +31,10 @@ def verify_image(reference: str, cell: Cell | None, options: Mapping[str, str], 
     reference = _spelled_out(reference)
     run = pipeline.start(cell or cell_of(_names(reference)), options, report)
     pipeline.make_inputs([run], refresh=False)
-    return _verify_found(run, reference, _find(run, reference), None)
+    image = _find(run, reference)
+    out = run.settings.out_dir / f"image-{image.digest[7:19]}"
+    with locked(out, lambda: report.say(f"  waiting for another run that verifies {image.digest[:19]}")):
+        return _verify_found(run, reference, image, out)
 
 
 def repeat(path: Path, reference: str | None, options: Mapping[str, str], report: Reporter) -> Record:
@@ -47,20 +50,23 @@ def repeat(path: Path, reference: str | None, options: Mapping[str, str], report
     again = f"nox -s verify -- --record {shlex.quote(str(path))}"
     named = reference or old.reference
     error: HarnessError | None = None
+    fresh = out.with_name(out.name + ".part")
     with locked(out):
-        remove(out)
+        remove(fresh)
         pipeline.make_inputs([run], refresh=False)
         try:
             if named:
                 named = _spelled_out(named)
-                _verify_found(run, named, _find(run, named), out)
+                _verify_found(run, named, _find(run, named), fresh)
             else:
-                with pipeline.phase(run, "repeat"):
-                    pipeline.verify_built(run, out, again)
+                with pipeline.phase(run, "repeat", again):
+                    pipeline.verify_built(run, fresh, again)
         except (VerificationError, InfrastructureError) as raised:
-            if not (out / RECORD).is_file():
+            if not (fresh / RECORD).is_file():
                 raise
             error = raised
+        remove(out)  # not before: it may be an earlier repetition's record that is repeated
+        fresh.rename(out)
     new = Record.read(out / RECORD)
     found = differences(old, new)
     _show(found, tool_differences(old, new), report)
@@ -117,8 +123,8 @@ def _plan_key(tag: str) -> str:
     return found[0] if found else " "
 
 
-def _verify_found(run: Run, reference: str, image: Image, out: Path | None) -> Record:
-    """Verify an image that the user named; by default into a folder of its own."""
+def _verify_found(run: Run, reference: str, image: Image, out: Path) -> Record:
+    """Verify an image that the user named."""
     made, inputs = pipeline.plan(run)
     if not reference.startswith("oci:") and "@" not in reference:
         reference += f"@{image.digest}"
@@ -130,7 +136,7 @@ def _verify_found(run: Run, reference: str, image: Image, out: Path | None) -> R
         made,
         inputs,
         image,
-        out or run.settings.out_dir / f"image-{image.digest[7:19]}",
+        out,
         f"nox -s verify -- --image {shlex.quote(reference)} --cell {run.cell}",
         modules=pipeline.compiled(run, made),
         names=None if complete else names,
@@ -156,16 +162,20 @@ def _show(found: Sequence[Difference], tools: Sequence[Difference], report: Repo
 def _settings_of(record: Record) -> dict[str, str]:
     """The settings that a record's plan was made with, as far as it tells: folders are its machine's own."""
     settings = {"IMAGE_PATH": record.plan.get("image_path")}
-    base = str(record.plan.get("base", {}).get("reference", ""))
-    if not base.startswith("oci:"):
-        settings["GL_REGISTRY"] = base.rpartition(":")[0]
+    base = record.plan.get("base")
+    reference = str(base.get("reference", "")) if isinstance(base, dict) else ""
+    if not reference.startswith("oci:"):
+        settings["GL_REGISTRY"] = reference.rpartition(":")[0]
     return {name: value for name, value in settings.items() if value}
 
 
 def _spelled_out(reference: str) -> str:
-    """A reference that says what it is: a folder's name alone becomes ``oci:<folder>``."""
+    """A reference that says what it is, from wherever it is read: a folder becomes ``oci:<absolute folder>``."""
     is_layout = "/" not in reference or (Path(reference) / "oci-layout").is_file()
-    return f"oci:{reference}" if is_layout and not reference.startswith("oci:") else reference
+    if not is_layout and not reference.startswith("oci:"):
+        return reference
+    folder, name = sources.split_layout(reference.removeprefix("oci:"))
+    return f"oci:{folder}" + (f":{name}" if name else "")
 
 
 def _find(run: Run, reference: str) -> Image:

@@ -22,11 +22,12 @@ USER_SPACE = recipe(
 )
 MODULE_LAYER = recipe(HERE / "image.py", HERE / "paths.py", HERE / "model.py", layer=LAYER)
 CHECKS = recipe(
-    *sorted((HERE.parent / "tests" / "image").glob("*.py")),
-    *(HERE / f"{name}.py" for name in ("kmod", "manifest", "model", "oci", "paths", "rootfs", "userspace", "verify")),
+    *sorted(path for path in (HERE.parent / "tests" / "image").glob("*") if path.suffix in (".py", ".ini")),
+    *(HERE / f"{name}.py" for name in ("kernel", "kmod", "rootfs", "oci", "tars", "runfile", "manifest", "userspace")),
+    *(HERE / f"{name}.py" for name in ("model", "paths", "plan", "cache", "engine", "record", "verify")),
     *INSTALLER_PARTS,
 )
-"""The checks of an image, and what they take their expectations from."""
+"""The checks of an image, and what they and their expectations are read with."""
 IMAGE = recipe(
     HERE / "image.py",
     HERE / "paths.py",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+from packaging.version import InvalidVersion, Version
 
 from .cache import write_atomically
 from .errors import VerificationError
@@ -88,6 +90,11 @@ class Record:
         return bool(self.of(Outcome.PASSED)) and not self.of(Outcome.FAILED) and not self.missing
 
     @property
+    def made_by(self) -> Version:
+        """Version of the project that made it."""
+        return Version(self.tools["harness"])
+
+    @property
     def summary(self) -> str:
         """How many checks passed, in words."""
         return f"{len(self.of(Outcome.PASSED))} of {len(self.checks)} passed"
@@ -129,6 +136,10 @@ class Record:
             raise VerificationError(
                 "record", "its verdict does not follow from its checks", got=str(document["passed"])
             )
+        try:
+            _ = record.made_by
+        except InvalidVersion as error:
+            raise VerificationError("record", "was made by no version of this project", got=str(error)) from error
         for check in record.of(Outcome.PASSED):
             if check.found != check.expected:
                 raise VerificationError(
@@ -257,7 +268,7 @@ def junit(record: Record) -> bytes:
             time=f"{count.seconds:.3f}",
         )
         for check in members:
-            name = check.name.removeprefix(f"{check.group}.")
+            name = _clean(check.name.removeprefix(f"{check.group}."))
             case = ET.SubElement(suite, "testcase", classname=check.group, name=name, time=f"{check.seconds:.3f}")
             if check.outcome is not Outcome.PASSED:
                 # To CI systems a skipped case looks like a pass; one that had to be run and was not must not.
@@ -272,5 +283,5 @@ def junit(record: Record) -> bytes:
 
 
 def _clean(text: str) -> str:
-    """Text without the characters that XML cannot hold."""
-    return "".join(character for character in text if character in "\t\n" or ord(character) >= 32)
+    """Text without the characters that XML cannot hold: most control characters, halves of surrogate pairs."""
+    return re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", text)

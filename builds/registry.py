@@ -1,7 +1,6 @@
 """Images in registries: looked up, pulled into a layout and put there, every byte checked against its digest.
 
-The protocol is that of OCI's distribution specification 1.1. Authorization is oras' part, credentials are looked up
-as Docker and Podman look them up; what the bytes are is proven here.
+The protocol is that of OCI's distribution specification 1.1.
 """
 
 from __future__ import annotations
@@ -9,25 +8,19 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
-import docker.auth
-import oras.logger
 import requests
-from docker.errors import DockerException
-from oras.auth.utils import get_basic_auth
-from oras.provider import Registry
 
-from . import http, oci
+from . import authorization, http, oci
 from .cache import CHUNK, disk_errors, locked
 from .console import Reporter
-from .errors import BuildError, ConfigurationError, InfrastructureError
+from .errors import BuildError, ConfigurationError, HarnessError, InfrastructureError
 from .model import Arch
 from .oci import Descriptor
 
@@ -36,9 +29,14 @@ _ACCEPT = {"Accept": ", ".join((*oci.INDEXES, *_MANIFESTS))}
 _CERTIFICATES = ("/etc/docker/certs.d", "/etc/containers/certs.d", "~/.config/containers/certs.d")
 """Where Docker and Podman keep the certificate authorities of single registries."""
 
-_Answer = TypeVar("_Answer")
+_HOSTS = {"docker.io": "registry-1.docker.io", "index.docker.io": "registry-1.docker.io"}
+"""Registries that are spoken to elsewhere than at their name."""
+_MANIFEST_LIMIT = 4 * 1024 * 1024
+"""Bytes of a manifest: what the distribution specification asks registries to take at least, and they do not exceed."""
+_COMMIT = 600
+"""Seconds that a registry may take to put away a blob after its last byte."""
 
-oras.logger.setup_logger(quiet=True)  # what it would say to the terminal is in our errors
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -74,20 +72,41 @@ class Reference:
 
 @dataclass
 class Repository:
-    """A repository of a registry as we talk to it; whatever authorizes us is kept between requests."""
+    """A repository of a registry as we talk to it; what authorizes us is kept between requests."""
 
     registry: str
     name: str
-    client: Registry
+    origin: str
+    """Scheme and host that it is spoken to at."""
+    session: requests.Session
     report: Reporter
-    authorization: Mapping[str, str] = field(default_factory=dict)
+    authorization: str = ""
+    """Value of the Authorization header that it took last."""
 
     def __str__(self) -> str:
         return f"{self.registry}/{self.name}"
 
     def url(self, what: str) -> str:
         """Where something of the repository is: ``manifests/<tag>``, ``blobs/<digest>``."""
-        return f"{self.client.prefix}://{self.registry}/v2/{self.name}/{what}"
+        return f"{self.origin}/v2/{self.name}/{what}"
+
+    def owns(self, url: str) -> bool:
+        """Whether a URL is the registry's own: nobody else is told who we are."""
+        return urlsplit(url)[:2] == urlsplit(self.origin)[:2]
+
+
+class _Session(requests.Session):
+    """A session that sends no Authorization but ours: requests would take one from ~/.netrc, for any host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auth = lambda request: request
+
+    def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
+        """Tell only the host that was asked who we are, not the one that it sends us to."""
+        old, new = str(response.request.url), str(prepared_request.url)
+        if self.should_strip_auth(old, new):  # type: ignore[no-untyped-call]
+            prepared_request.headers.pop("Authorization", None)
 
 
 def connect(registry: str, name: str, report: Reporter) -> Repository:
@@ -95,10 +114,8 @@ def connect(registry: str, name: str, report: Reporter) -> Repository:
 
     Raises ConfigurationError for a certificate authority that cannot be read.
     """
-    session = requests.Session()
-    authorities = sorted(
-        path for place in _CERTIFICATES for path in (Path(place).expanduser() / registry).glob("*.crt")
-    )
+    session = _Session()
+    authorities = [path for place in _CERTIFICATES for path in sorted(_folder(place, registry).glob("*.crt"))]
     try:
         http.prepare(session, authorities)
     except OSError as error:
@@ -107,10 +124,8 @@ def connect(registry: str, name: str, report: Reporter) -> Repository:
             "a certificate authority named for it cannot be read",
             got=f"{error.strerror or error} in {', '.join(map(str, authorities))}",
         ) from error
-    client = Registry(hostname=registry, insecure=_speaks_plain(session, registry))
-    session.cookies.set_policy(client.session.cookies.get_policy())
-    client.session = client.auth.session = session
-    return Repository(registry, name, client, report)
+    scheme = "http" if _speaks_plain(session, registry) else "https"
+    return Repository(registry, name, f"{scheme}://{_HOSTS.get(registry, registry)}", session, report)
 
 
 def pull(reference: Reference, arch: Arch | None, layout: Path, report: Reporter) -> oci.Image:
@@ -122,9 +137,10 @@ def pull(reference: Reference, arch: Arch | None, layout: Path, report: Reporter
     """
     repository = connect(reference.registry, reference.repository, report)
     descriptor, manifest = _resolve(repository, reference, arch)
+    blobs = _descriptors(reference, manifest, "config", "layers")
     with locked(layout), disk_errors(str(reference), layout):
         oci.create(layout)
-        for blob in _blobs(reference, manifest):
+        for blob in blobs:
             _pull_blob(repository, blob, layout)
         oci.add_bytes(layout, fetch_manifest(repository, descriptor.digest), descriptor.media_type)
     image = oci.read_image(layout, descriptor)
@@ -133,6 +149,13 @@ def pull(reference: Reference, arch: Arch | None, layout: Path, report: Reporter
             str(reference), f"is not an image for {arch}", got=str(image.config.get("architecture"))
         )
     return image
+
+
+def _folder(place: str, registry: str) -> Path:
+    try:
+        return Path(place).expanduser() / registry
+    except RuntimeError:  # nobody knows where home is
+        return Path(place) / registry
 
 
 def digest_of(repository: Repository, tag: str) -> str | None:
@@ -144,9 +167,19 @@ def digest_of(repository: Repository, tag: str) -> str | None:
 
 
 def fetch_manifest(repository: Repository, name: str) -> bytes:
-    """The manifest or index of a tag or digest. Raises BuildError where it is not the digest's."""
-    data = _ask(repository, "GET", f"manifests/{name}", headers=_ACCEPT).content
-    if name.startswith("sha256:") and _digest(data) != name:
+    """The manifest or index of a tag or digest. Raises BuildError where it is not the digest's, or has no end."""
+
+    def read() -> bytes:
+        with _once(repository, "GET", repository.url(f"manifests/{name}"), headers=_ACCEPT, stream=True) as response:
+            data = b""
+            for chunk in response.iter_content(CHUNK):
+                data += chunk
+                if len(data) > _MANIFEST_LIMIT:
+                    raise BuildError(f"{repository} {name}", "is larger than any manifest", got=f"{len(data)} bytes")
+            return data
+
+    data = _again(repository, f"GET manifests/{name}", read)
+    if ":" in name and _digest(data) != name:
         raise BuildError(str(repository), f"the registry sent other bytes for {name}", got=_digest(data))
     return data
 
@@ -162,13 +195,29 @@ def upload_blob(repository: Repository, blob: Descriptor, path: Path) -> None:
     """Put a blob; a connection that is cut begins it anew, because an upload that broke off cannot be gone on with
     in every registry."""
     title = f"push {blob.digest[7:19]}"
+    tries = 0
 
     def put() -> None:
+        nonlocal tries
+        tries += 1
+        if tries > 1 and has_blob(repository, blob):  # it was the answer that was lost
+            return
         begun = _once(repository, "POST", repository.url("blobs/uploads/"), expect=(202,))
+        if "Location" not in begun.headers:
+            raise InfrastructureError(str(repository), "the registry does not say where to send a blob")
         place = urljoin(begun.url, begun.headers["Location"])
         with path.open("rb") as stream, repository.report.bytes(title, blob.size) as advance:
             body = _Body(stream, blob.size, advance)
-            _once(repository, "PUT", place, params={"digest": blob.digest}, headers=_OCTETS, data=body, expect=(201,))
+            _once(
+                repository,
+                "PUT",
+                place,
+                params={"digest": blob.digest},
+                headers={"Content-Type": "application/octet-stream"},
+                data=body,
+                expect=(201,),
+                timeout=_COMMIT,
+            )
 
     _again(repository, title, put)
 
@@ -198,14 +247,14 @@ def prove_blob(repository: Repository, blob: Descriptor) -> None:
         )
 
 
-_OCTETS = {"Content-Type": "application/octet-stream"}
-
-
 class _Body:
-    """A file as the body of a request: streamed, with its length known and its progress told."""
+    """A file as the body of a request: streamed, with its length known and its progress told.
+
+    requests goes back to its start where it has to send it again, to where a redirect leads.
+    """
 
     def __init__(self, stream: IO[bytes], size: int, advance: Callable[[int], None]) -> None:
-        self._stream, self._size, self._advance = stream, size, advance
+        self._stream, self._size, self._advance, self._told = stream, size, advance, 0
 
     def __len__(self) -> int:
         return self._size
@@ -213,12 +262,18 @@ class _Body:
     def __iter__(self) -> Iterator[bytes]:
         while chunk := self._stream.read(CHUNK):
             yield chunk
-            self._advance(len(chunk))
+            self._tell(self._stream.tell())
 
-    def rewind(self) -> None:
-        """Start from the beginning."""
-        self._advance(-self._stream.tell())
-        self._stream.seek(0)
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def seek(self, offset: int) -> None:
+        self._stream.seek(offset)
+        self._tell(offset)
+
+    def _tell(self, offset: int) -> None:
+        self._advance(offset - self._told)
+        self._told = offset
 
 
 def _speaks_plain(session: requests.Session, registry: str) -> bool:
@@ -235,7 +290,7 @@ def _speaks_plain(session: requests.Session, registry: str) -> bool:
 
 
 def _is_loopback(registry: str) -> bool:
-    host = registry.rsplit(":", 1)[0].strip("[]")
+    host = re.sub(r":[0-9]+$", "", registry).strip("[]")
     if host == "localhost":
         return True
     try:
@@ -249,16 +304,16 @@ def _resolve(repository: Repository, reference: Reference, arch: Arch | None) ->
     data = fetch_manifest(repository, reference.digest or reference.tag or "")
     document = _json(reference, data)
     media_type = document.get("mediaType", oci.INDEX if "manifests" in document else oci.MANIFEST)
-    if media_type in oci.INDEXES:
-        entries = [Descriptor.from_json(entry) for entry in document["manifests"]]
-        fitting = [entry for entry in entries if arch in (None, entry.architecture) and entry.media_type in _MANIFESTS]
-        if len(fitting) != 1:
-            known = ", ".join(sorted({entry.architecture or "?" for entry in entries}))
-            raise ConfigurationError(
-                str(reference), f"must have exactly one image{f' for {arch}' if arch else ''}", got=known
-            )
-        return fitting[0], _json(reference, fetch_manifest(repository, fitting[0].digest))
-    return Descriptor(media_type, _digest(data), len(data), architecture=str(arch) if arch else None), document
+    if media_type not in oci.INDEXES:
+        return Descriptor(media_type, _digest(data), len(data), architecture=str(arch) if arch else None), document
+    entries = _descriptors(reference, document, "manifests")
+    fitting = [entry for entry in entries if arch in (None, entry.architecture) and entry.media_type in _MANIFESTS]
+    if len(fitting) != 1:
+        known = ", ".join(sorted({entry.architecture or "?" for entry in entries}))
+        raise ConfigurationError(
+            str(reference), f"must have exactly one image{f' for {arch}' if arch else ''}", got=known
+        )
+    return fitting[0], _json(reference, fetch_manifest(repository, fitting[0].digest))
 
 
 def _json(reference: Reference, data: bytes) -> Any:
@@ -271,12 +326,15 @@ def _json(reference: Reference, data: bytes) -> Any:
     return document
 
 
-def _blobs(reference: Reference, manifest: Any) -> list[Descriptor]:
-    """Config and layers that a manifest names."""
+def _descriptors(reference: Reference, document: Any, *names: str) -> list[Descriptor]:
+    """The descriptors that a manifest or an index has under these names."""
     try:
-        return [Descriptor.from_json(blob) for blob in (manifest["config"], *manifest["layers"])]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BuildError(str(reference), "its manifest is not an image's", got=repr(error)) from error
+        found = [document[name] for name in names]
+        return [Descriptor.from_json(one) for part in found for one in (part if isinstance(part, list) else [part])]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BuildError(
+            str(reference), "the registry sent a manifest that is not an image's", got=repr(error)
+        ) from error
 
 
 def _pull_blob(repository: Repository, blob: Descriptor, layout: Path) -> None:
@@ -294,17 +352,26 @@ def _pull_blob(repository: Repository, blob: Descriptor, layout: Path) -> None:
                 file.write(chunk)
         return f"sha256:{digest.hexdigest()}"
 
-    found = _again(repository, title, read)
-    if found != blob.digest:
-        temporary.unlink()
-        raise BuildError(str(repository), f"the registry sent other bytes for {blob.digest}", got=found)
-    temporary.rename(path)
+    try:
+        found = _again(repository, title, read)
+        if found != blob.digest:
+            raise BuildError(str(repository), f"the registry sent other bytes for {blob.digest}", got=found)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _stream(repository: Repository, blob: Descriptor, title: str) -> Iterator[bytes]:
+    """The bytes of a blob, and no more than it has."""
     response = _once(repository, "GET", repository.url(f"blobs/{blob.digest}"), stream=True)
+    size = 0
     with response, repository.report.bytes(title, blob.size) as advance:
         for chunk in response.iter_content(CHUNK):
+            size += len(chunk)
+            if size > blob.size:
+                raise BuildError(
+                    str(repository), f"the registry sent more for {blob.digest} than its {blob.size} bytes"
+                )
             yield chunk
             advance(len(chunk))
 
@@ -332,70 +399,55 @@ def _once(
 ) -> requests.Response:
     """One request, authorized if the registry wants that; the response if its status is an expected one."""
     body = options.get("data")
-    for _ in range(2):
-        response: requests.Response = repository.client.session.request(
-            method, url, headers={**(headers or {}), **repository.authorization}, allow_redirects=True, **options
-        )
-        if response.status_code not in (401, 403) or not _authorize(repository, response):
-            break
+    response = _send(repository, method, url, headers, options)
+    if response.status_code in (401, 403) and repository.owns(response.url) and _authorize(repository, response):
+        response.close()
         if isinstance(body, _Body):
-            body.rewind()
-    http.check(response)
+            body.seek(0)
+        response = _send(repository, method, url, headers, options)
     if response.status_code in expect:
         return response
-    if response.status_code == 404:
-        raise ConfigurationError(
-            f"{repository} {url.rpartition('/')[2]}", "the registry has no such image", got="404 Not Found"
-        )
-    raise InfrastructureError(
-        str(repository),
-        f"the registry refuses {method} {url.partition('?')[0].partition(repository.name)[2].lstrip('/')}",
-        got=http.status(response),
-        hint={
-            401: f"log in: docker login {repository.registry}",
-            403: f"log in as somebody who may: docker login {repository.registry}",
-            405: "it may be read-only",
-        }.get(response.status_code),
-    )
+    with response:
+        http.check(response)
+        raise _refusal(repository, method, url, response)
+
+
+def _send(
+    repository: Repository, method: str, url: str, headers: Mapping[str, str] | None, options: Mapping[str, Any]
+) -> requests.Response:
+    said = dict(headers or {})
+    if repository.authorization and repository.owns(url):
+        said["Authorization"] = repository.authorization
+    return repository.session.request(method, url, headers=said, allow_redirects=True, **options)
 
 
 def _authorize(repository: Repository, response: requests.Response) -> bool:
-    """Answer a registry that wants us to authorize; whether there is anything new to answer."""
-    challenge = response.headers.get("WWW-Authenticate", "")
-    credentials = _credentials(repository.registry)
-    answer: Mapping[str, str] = {}
-    if challenge.lower().startswith("basic") and credentials:
-        answer = {"Authorization": f"Basic {get_basic_auth(*credentials)}"}
-    elif challenge.lower().startswith("bearer"):
-        if credentials:
-            repository.client.auth.set_basic_auth(*credentials)
-        # A token is for one scope and some minutes: each challenge asks for a new one.
-        answer, _ = repository.client.auth.authenticate_request(response, {}, refresh=True)
-    new = bool(answer) and answer != repository.authorization
-    if answer:
-        repository.authorization = answer
+    """Answer a registry that wants to know who we are; whether there is anything new to answer."""
+    challenges = response.raw.headers.getlist("WWW-Authenticate")
+    answer = authorization.answer(repository.session, repository.registry, repository.origin, challenges)
+    new = answer is not None and answer != repository.authorization
+    repository.authorization = answer or repository.authorization
     return new
 
 
-def _credentials(registry: str) -> tuple[str, str] | None:
-    """User and password, from where Docker (``DOCKER_CONFIG``, credential helpers) and Podman keep them."""
-    podman = os.environ.get("REGISTRY_AUTH_FILE") or f"{os.environ.get('XDG_RUNTIME_DIR', '')}/containers/auth.json"
-    for place in (None, podman):
-        if place and not Path(place).is_file():
-            continue
-        try:
-            found = docker.auth.load_config(place).resolve_authconfig(registry) or {}
-        except (DockerException, ValueError) as error:
-            raise ConfigurationError(
-                f"registry {registry}",
-                "its credentials cannot be looked up",
-                got=str(error)[:200],
-                hint=f"docker login {registry}",
-            ) from error
-        values = {key.lower(): value for key, value in found.items()}
-        if values.get("username"):
-            return values["username"], values.get("password") or ""
-    return None
+def _refusal(repository: Repository, method: str, url: str, response: requests.Response) -> HarnessError:
+    """The error for an answer that nobody expected and that will not change."""
+    what = url.partition("?")[0].partition(f"/v2/{repository.name}/")[2]
+    if response.status_code == 404 and method in ("GET", "HEAD"):
+        name = what.rpartition("/")[2]
+        return ConfigurationError(f"{repository} {name}", "the registry has no such image", got=http.status(response))
+    hints = {
+        401: f"log in: docker login {repository.registry}",
+        403: f"log in as somebody who may: docker login {repository.registry}",
+        404: "some registries want a repository to be created before anything is pushed to it",
+        405: "it may be read-only",
+    }
+    return InfrastructureError(
+        str(repository),
+        f"the registry refuses {method} {what}",
+        got=http.status(response),
+        hint=hints.get(response.status_code),
+    )
 
 
 def _unreachable(repository: Repository, what: str, error: requests.RequestException) -> InfrastructureError:

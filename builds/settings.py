@@ -58,7 +58,8 @@ SETTINGS = (
 )
 
 
-_REPOSITORY = re.compile(r"[a-z0-9][A-Za-z0-9.:-]*/[a-z0-9]+([._/-]+[a-z0-9]+)*/?")
+_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_REPOSITORY = re.compile(rf"(?:[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9a-fA-F:]+\])(?::[0-9]+)?/{_PART}(?:/{_PART})*/?")
 """A repository as OCI's distribution specification writes it, behind its registry's host."""
 
 

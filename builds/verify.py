@@ -14,7 +14,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -287,16 +287,23 @@ def conclude(
 ) -> list[CheckResult]:
     """The results of a run: those reported, and ``not run`` for whatever was collected or demanded and has none."""
     why = trouble(status)
-    if why is None and status == 1 and all(check.outcome is Outcome.PASSED for check in done.values()):
+    if why is None and status == 1 and not _is_bad(done.values()):
         why = "something besides the checks failed"
     results = [done.get(each) or _not_run(*each, why or "the run of the checks ended before it") for each in collected]
     results += [check for each, check in done.items() if each not in collected]
     there = {check.group for check in results}
     none = "none was run"
     results += [_not_run(f"{group}.any", "", why or none) for group in GROUPS if group not in there]
-    if why and all(check.outcome is Outcome.PASSED for check in results):
+    if why and not _is_bad(results):
         results.append(_not_run("run.complete", "", why))
     return results
+
+
+def _is_bad(checks: Iterable[CheckResult]) -> bool:
+    """Whether any of the checks keeps an image from passing."""
+    return any(
+        check.outcome is Outcome.FAILED or (check.required and check.outcome is not Outcome.PASSED) for check in checks
+    )
 
 
 def _not_run(check: str, thing: str, why: str) -> CheckResult:

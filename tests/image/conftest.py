@@ -35,6 +35,8 @@ _EXPECTED = pytest.StashKey[Expected]()
 _CALLS = pytest.StashKey["list[Difference]"]()
 _SECONDS = pytest.StashKey[float]()
 _PROBLEM = pytest.StashKey["Verdict | None"]()
+_SKIPPED = pytest.StashKey[bool]()
+"""Whether a check itself says that it cannot be run here; only then may one that is not required be left out."""
 
 Verdict = tuple[Outcome, Any, Any, str]
 """Outcome, expected, found and message of a check."""
@@ -114,7 +116,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     seconds = item.stash[_SECONDS] = item.stash.get(_SECONDS, 0.0) + call.duration
     problem = item.stash[_PROBLEM] = item.stash.get(_PROBLEM, None) or _problem(item, call)
     if call.when == "teardown":
-        result = CheckResult(*_name(item), *(problem or _pass(item)), round(seconds, 3), _is_required(item))
+        required = _is_required(item) or not (problem is None or item.stash.get(_SKIPPED, False))
+        result = CheckResult(*_name(item), *(problem or _pass(item)), round(seconds, 3), required)
         _tell(item.config, asdict(result))
     return report
 
@@ -139,6 +142,7 @@ def _problem(item: pytest.Item, call: pytest.CallInfo[None]) -> Verdict | None:
     if isinstance(error, HarnessError) and error.kind in (Kind.BUILD, Kind.VERIFICATION):
         return Outcome.FAILED, None, None, str(error)
     if isinstance(error, HarnessError | pytest.skip.Exception):
+        item.stash[_SKIPPED] = isinstance(error, pytest.skip.Exception)
         return Outcome.NOT_RUN, None, None, str(error)
     return Outcome.NOT_RUN, None, None, f"{type(error).__name__}: {error}"
 

@@ -110,7 +110,7 @@ def test_bytes(module: ModuleRef, found: Found, expected: Expected, compare: Com
     """It is what was compiled by the plan, to the bit. Only where it was compiled can that be seen."""
     folder = expected.subject.modules.get(module.type)
     if folder is None:
-        raise InfrastructureError("compiled modules", "those of the plan are not on this machine")
+        pytest.skip("the modules of the plan were not compiled on this machine")
     data = found.file(f"{expected.set_folder}/{module}").read()
     wanted = read_digests(folder)[f"{module.name}.ko"]
     compare(hashlib.sha256(data).hexdigest(), wanted, "sha256: not the module that was compiled")

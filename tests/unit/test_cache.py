@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -119,11 +120,14 @@ def test_removing_what_is_not_there_is_no_error(tmp_path: Path) -> None:
 
 
 def test_scratch_folders_of_dead_processes_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    dead, foreign = tmp_path / "nvidia-builds-999999999-x", tmp_path / "999999999-y"
-    dead.mkdir()
-    foreign.mkdir()
+    dead, foreign = tmp_path / "nvidia-builds-x", tmp_path / "y"
+    for left in (dead, foreign):
+        left.mkdir()
+        os.utime(left, (0, 0))
     with scratch(tmp_path) as folder, scratch(tmp_path) as other:
-        assert {dead, folder, other, foreign} & set(tmp_path.iterdir()) == {folder, other, foreign}
+        os.utime(folder, (0, 0))  # as if it had been in use for long
+        with scratch(tmp_path) as third:
+            assert set(tmp_path.iterdir()) == {folder, other, third, foreign}
     assert list(tmp_path.iterdir()) == [foreign]
 
 

@@ -45,7 +45,7 @@ def record(*checks: CheckResult, **more: Any) -> Record:
         "cell": "550.163.01-debian12-amd64-cloud",
         "plan": {"image": "key"},
         "checks": checks,
-        "tools": {"python": "3"},
+        "tools": {"harness": "0.1.0", "checks": "c" * 64, "python": "3"},
         "repeat": "nox -s verify",
     }
     return Record(**{**values, **more})
@@ -106,6 +106,15 @@ def test_a_failure_that_no_check_reported_is_no_pass() -> None:
     assert not record(*conclude(ALL, passed(*ALL), 1)).passed
 
 
+@pytest.mark.parametrize("status", [1, 3, -9])
+def test_a_check_that_is_not_required_hides_no_crash(status: int) -> None:
+    """It was not run, all others passed, and then something else went wrong."""
+    optional = CheckResult("modules.bytes", "", Outcome.NOT_RUN, None, None, "not here", 0.0, required=False)
+    done = {**passed(*ALL), ("modules.bytes", ""): optional}
+    assert record(*conclude([*ALL, ("modules.bytes", "")], done, 0)).passed
+    assert not record(*conclude([*ALL, ("modules.bytes", "")], done, status)).passed
+
+
 def test_no_checks_are_no_pass() -> None:
     assert not record().passed
 
@@ -119,6 +128,7 @@ def test_a_record_survives_the_disk(tmp_path: Path) -> None:
     made.write(tmp_path)
     assert Record.read(tmp_path / "record.json") == made
     assert not made.passed
+    ET.fromstring(junit(record(result("a.b", Outcome.FAILED, thing="odd\x07\udc80name"))))
     root = ET.parse(tmp_path / "junit.xml").getroot()
     cases = {(case.get("classname"), case.get("name")): [child.tag for child in case] for case in root.iter("testcase")}
     assert cases == {
@@ -148,6 +158,8 @@ def test_junit_counts_each_group() -> None:
         ({"digest": "latest"}, "not a verification record"),
         ({"checks": [{"id": "x"}]}, "not a verification record"),
         ({"extra": 1}, "not a verification record"),
+        ({"tools": {"python": "3"}}, "not a verification record"),
+        ({"tools": {"harness": "x", "checks": ""}}, "made by no version"),
         ({"checks": []}, "verdict does not follow"),
     ],
 )
@@ -188,7 +200,10 @@ def test_a_pass_that_found_something_else_is_no_record() -> None:
 def test_records_of_one_verdict_do_not_differ() -> None:
     one = record(result("a.b"), plan={"kernel": {"release": "6.1"}, "tags": [1]})
     other = dataclasses.replace(
-        one, checks=(dataclasses.replace(one.checks[0], seconds=9.9),), repeat="another", tools={"python": "4"}
+        one,
+        checks=(dataclasses.replace(one.checks[0], seconds=9.9),),
+        repeat="another",
+        tools={**one.tools, "python": "4"},
     )
     assert differences(one, other) == ()
     assert tool_differences(one, other) == (Difference("tools.python", "3", "4"),)
