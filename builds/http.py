@@ -102,8 +102,10 @@ def reason(error: BaseException | None) -> str:
         return status(error.response)
     if isinstance(error, requests.Timeout):
         return f"no answer in {TIMEOUT} s"
-    words = [cause.strerror for cause in _causes(error) if isinstance(cause, OSError) and cause.strerror]
-    text = words[-1] if words else f"{type(error).__name__}: {error}"
+    causes = list(_causes(error))
+    words = [cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror]
+    words = words or [str(cause) for cause in causes if str(cause)]
+    text = words[-1] if words else type(error).__name__
     return public(" ".join(text.split()))[:200]
 
 

@@ -151,20 +151,26 @@ def test_after_a_fault_that_stays_no_tag_means_what_was_not_verified_and_a_repea
             before = server.tags(name)
             _renew(server, new)
             proxy.reset({number: kind}, lasting=True)
-            with pytest.raises(InfrastructureError):
+            ended = "outlived"  # an upload whose answer is lost is found to be done
+            try:
                 _push(proxy.address, name, new)
+            except InfrastructureError:
+                ended = "failed"
             tags = server.tags(name)
             moved = [tag for tag in MOVING.values() if tags[tag] != before[tag]]
             assert {tags[tag] for tag in moved} <= {new.digest}
             if new.digest in tags.values():
                 assert _is_whole(server, new), f"{kind} at {asked[number]}"
-            left[f"{len(moved)} of {len(MOVING)} moving tags set"] += 1
+            assert ended == "failed" or len(moved) == len(MOVING)
+            left[f"{ended}, {len(moved)} of {len(MOVING)} moving tags set"] += 1
             done = _push(server.address, name, new)
             tags = server.tags(name)
             assert {tags[tag.name] for tag in _tags(new)} == {new.digest}
             assert {move.tag for move in done.moves if move.old != move.new} >= set(MOVING.values()) - set(moved)
     record_property("left", dict(left))
-    assert len(left) == len(MOVING) + 1, f"faults at each stage of the move: {left}"
+    for number in range(len(MOVING) + 1):
+        assert left[f"failed, {number} of {len(MOVING)} moving tags set"], f"no push failed at that stage: {left}"
+    print(dict(left))
 
 
 def test_a_repeated_push_writes_nothing(server: Server, proxy: Proxy, images: tuple[Image, Image]) -> None:

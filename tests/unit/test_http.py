@@ -7,6 +7,7 @@ import time
 
 import pytest
 import requests
+from urllib3.exceptions import ProtocolError
 
 from builds import http
 
@@ -91,6 +92,11 @@ def test_the_systems_own_word_is_what_counts() -> None:
     error = requests.ConnectionError("HTTPConnectionPool(host='h', port=1): Max retries exceeded")
     error.__cause__ = deep
     assert http.reason(error) == "Connection refused"
+
+
+def test_what_has_no_word_of_the_systems_is_told_by_its_innermost_cause() -> None:
+    error = requests.ConnectionError(ProtocolError("Connection aborted.", RuntimeError("Remote end closed connection")))
+    assert http.reason(error) == "Remote end closed connection"
 
 
 @pytest.mark.parametrize(
