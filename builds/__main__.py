@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from . import __version__, errors
@@ -32,32 +33,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = Reporter()
     try:
         return int(options.run(options, report) or 0)
-    except HarnessError as error:
-        report.fail(error)
-        return int(error.kind)
     except KeyboardInterrupt:
         report.say("interrupted", style="bold red")
         return errors.INTERRUPTED
     except BrokenPipeError:
         return errors.INTERRUPTED
-    except OSError as error:  # whatever no step foresaw of disk, network and engine
+    except Exception as error:  # noqa: BLE001  # no traceback reaches a user
+        problem = _problem(error)
+        report.fail(problem)
+        return int(problem.kind)
+
+
+def _problem(error: Exception) -> HarnessError:
+    """What to say of an error."""
+    if isinstance(error, HarnessError):
+        return error
+    if isinstance(error, OSError):  # whatever no step foresaw of disk, network and engine
         place = str(error.filename) if error.filename else type(error).__name__
-        report.fail(InfrastructureError(place, error.strerror or str(error), hint="see its settings and permissions"))
-        return int(InfrastructureError.kind)
-    except Exception as error:  # noqa: BLE001  # a fault of ours: say so in a line, and where the rest is
-        report.fail(_fault(error))
-        return int(InfrastructureError.kind)
+        return InfrastructureError(place, error.strerror or str(error), hint="see its settings and permissions")
+    return _fault(error)
 
 
 def _fault(error: Exception) -> InfrastructureError:
-    """What to say of an error that is ours: its traceback goes to a file."""
-    with tempfile.NamedTemporaryFile("w", prefix="nvidia-builds-", suffix=".log", delete=False) as log:
-        traceback.print_exception(error, file=log)
+    """What to say of an error that is ours: its traceback goes to a file, if there is room for one."""
+    where = "no file: it could not be written"
+    with suppress(OSError):
+        with tempfile.NamedTemporaryFile("w", prefix="nvidia-builds-", suffix=".log", delete=False) as log:
+            traceback.print_exception(error, file=log)
+        where = log.name
     return InfrastructureError(
         "this program",
         "came upon something that it does not handle",
         got=f"{type(error).__name__}: {error}"[:200],
-        hint=f"report it with {log.name}",
+        hint=f"report it with {where}",
     )
 
 
@@ -125,9 +133,12 @@ def _each(options: argparse.Namespace, report: Reporter, step: Callable[..., obj
     for cell in _cells(options):
         try:
             step(pipeline.start(cell, _settings(options), report))
-        except HarnessError as error:
-            report.fail(error)
-            status = status or int(error.kind)
+        except BrokenPipeError:
+            raise
+        except Exception as error:  # noqa: BLE001  # the other cells have nothing to do with it
+            problem = _problem(error)
+            report.fail(problem)
+            status = status or int(problem.kind)
     return status
 
 

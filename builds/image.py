@@ -6,7 +6,7 @@ an architecture, the user space across a driver, the modules across a kernel bui
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from . import layers, oci, paths, recipes
 from .cache import Cache, key_of, publish
 from .console import Reporter
 from .errors import BuildError, ConfigurationError
-from .layers import StoredLayer
+from .layers import Entry, StoredLayer
 from .model import MODULES, ModuleType
-from .oci import Entry, Image
+from .oci import Image
 from .plan import Plan
 
 PREFIX = "io.gardenlinux.nvidia"
@@ -127,26 +127,32 @@ def _as_oci(layer: oci.Layer) -> oci.Layer:
 
 def _modules(plan: Plan, made: Mapping[ModuleType, Path], cache: Cache, report: Reporter) -> StoredLayer:
     key = key_of(modules=plan.modules, absent=plan.absent, kernel=plan.kernel.build.id, recipe=recipes.MODULE_LAYER)
-    return layers.stored("pack modules", key, lambda: _module_entries(plan, made), cache, report)
+
+    def content(module_type: ModuleType, name: str) -> Path:
+        return made[module_type] / f"{name}.ko"
+
+    return layers.stored("pack modules", key, lambda: module_entries(plan, content), cache, report)
 
 
-def _module_entries(plan: Plan, made: Mapping[ModuleType, Path]) -> Iterator[Entry]:
+def module_entries(plan: Plan, content: Callable[[ModuleType, str], Path | bytes]) -> Iterator[Entry]:
+    """What the modules' layer has; ``content`` is each module's, by type and name."""
     folder = f"{paths.MODULES}/{plan.kernel.build.id}"
     yield _text(f"{folder}/release", plan.kernel.build.release)
     yield _text(f"{folder}/package", plan.kernel.build.package)
-    for module_type, modules in made.items():
+    for module_type in plan.modules:
         for name in MODULES:
-            yield Entry(f"{folder}/{module_type}/{name}.ko", "file", 0o644, modules / f"{name}.ko")
+            yield Entry(f"{folder}/{module_type}/{name}.ko", "file", 0o644, content(module_type, name))
     for module_type, reason in plan.absent.items():
         yield _text(f"{folder}/{module_type}.absent", reason)
 
 
 def _installer(plan: Plan, cache: Cache, report: Reporter) -> StoredLayer:
     key = key_of(recipe=recipes.IMAGE, facts=_facts(plan))
-    return layers.stored("pack installer", key, lambda: _installer_entries(plan), cache, report)
+    return layers.stored("pack installer", key, lambda: installer_entries(plan), cache, report)
 
 
-def _installer_entries(plan: Plan) -> Iterator[Entry]:
+def installer_entries(plan: Plan) -> Iterator[Entry]:
+    """What the installer's layer has."""
     entrypoint = recipes.INSTALLER / "nvidia-driver"
     yield Entry(paths.ENTRYPOINT, "file", 0o755, entrypoint)
     for part in sorted(recipes.INSTALLER.rglob("*.sh")):

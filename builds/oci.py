@@ -1,24 +1,20 @@
 """OCI image layouts on disk: deterministic layers, content-addressed blobs, an index of named images.
 
-Written after the OCI image specification 1.1 (image layout, manifest, config, layer filesystem changeset). A
-layer's bytes depend on its entries alone: names are sorted, owner and time are fixed, and the compressor's
-version is part of every key that leads here (:data:`COMPRESSOR`).
+Written after the OCI image specification 1.1 (image layout, manifest, config).
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import json
 import re
-import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import zstandard
 
@@ -38,25 +34,6 @@ REF_NAME = "org.opencontainers.image.ref.name"
 EPOCH = 315532800
 """mtime of every file, in seconds: 1980-01-01, the earliest that archives of any kind can say."""
 CREATED = "1980-01-01T00:00:00Z"
-
-_LEVEL, _THREADS = 10, 2
-COMPRESSOR = f"zstd {'.'.join(map(str, zstandard.ZSTD_VERSION))} level {_LEVEL} threads"
-"""What the bytes of a compressed layer depend on, besides its content. libzstd splits its work into the same
-jobs for any number of threads but none, so the number is fixed and not 0."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One file, folder or symlink of a layer. Its owner is root and its time is :data:`EPOCH`."""
-
-    path: str
-    """Relative to the root of the image, without a leading slash."""
-    kind: Literal["file", "dir", "symlink"]
-    mode: int = 0o755
-    source: Path | bytes = b""
-    """Content of a file: a path to read, or the bytes themselves."""
-    target: str = ""
-    """Target of a symlink."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +55,14 @@ class Descriptor:
         that registries must know.
         """
         media_type, digest, size = value["mediaType"], value["digest"], value["size"]
-        if not isinstance(media_type, str) or not isinstance(digest, str) or type(size) is not int:
-            raise TypeError(f"not a descriptor: {value}")
+        annotations, platform = dict(value.get("annotations") or {}), dict(value.get("platform") or {})
+        architecture = platform.get("architecture")
+        texts = [media_type, digest, *annotations, *annotations.values(), *([architecture] if architecture else [])]
+        if not all(isinstance(text, str) for text in texts) or type(size) is not int:
+            raise TypeError("not a descriptor: something in it is of another type")
         if not _DIGEST.fullmatch(digest) or size < 0:
             raise ValueError(f"not a descriptor: {digest} of {size} bytes")
-        return cls(
-            media_type,
-            digest,
-            size,
-            dict(value.get("annotations") or {}),
-            (value.get("platform") or {}).get("architecture"),
-        )
+        return cls(media_type, digest, size, annotations, architecture)
 
     def to_json(self) -> dict[str, Any]:
         """The descriptor as manifests and indexes hold it."""
@@ -237,17 +211,20 @@ def name_image(layout: Path, descriptor: Descriptor, names: Iterable[str]) -> No
 
 
 def names_of(layout: Path, digest: str) -> tuple[str, ...]:
-    """The names by which the index of a layout knows an image."""
+    """The names by which the index of a layout knows an image, those of an index that leads to it included."""
     return tuple(
         entry.annotations[REF_NAME]
         for entry in index_entries(layout)
-        if entry.digest == digest and REF_NAME in entry.annotations
+        if REF_NAME in entry.annotations and digest in {leaf.digest for leaf in _manifests(layout, [entry])}
     )
 
 
 def full_names_of(layout: Path, digest: str) -> tuple[str, ...]:
-    """Those of its names that a registry would know, ``<host>/<repository>:<tag>``; others are the layout's own."""
-    return tuple(name for name in names_of(layout, digest) if ":" in name.partition("/")[2])
+    """Those of its names that a registry would know, ``<host>/<repository>:<tag>``, or that look like a tag of ours.
+
+    Others, such as ``latest``, are the layout's own affair.
+    """
+    return tuple(name for name in names_of(layout, digest) if "/" in name or re.match(r"[0-9][0-9.]*-", name))
 
 
 def find_image(layout: Path, name: str | None = None, arch: Arch | None = None) -> Image:
@@ -271,10 +248,10 @@ def find_entry(layout: Path, name: str | None = None, arch: Arch | None = None) 
     }
     if len(images) != 1:
         known = sorted({entry.annotations.get(REF_NAME, entry.digest) for entry in entries})
-        wanted = f"{name or 'an image'}" + (f" for {arch}" if arch else "")
+        wanted = (f" {name}" if name else "") + (f" for {arch}" if arch else "")
         raise ConfigurationError(
             f"oci:{layout}",
-            f"must hold exactly one image {wanted}",
+            f"must hold exactly one image{wanted}",
             got=f"{len(images)}",
             hint=f"it names {', '.join(known) or 'nothing'}",
         )
@@ -291,16 +268,42 @@ def read_image(layout: Path, descriptor: Descriptor) -> Image:
         if not isinstance(image.config.get("config") or {}, dict):
             raise TypeError("its configuration is none")
         _ = image.size  # every descriptor in it can be read
+        if not all(_DIGEST.fullmatch(layer.diff_id) for layer in image.layers):
+            raise ValueError("a layer's diff id is no digest")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BuildError(
-            f"oci:{layout}", f"manifest or config of {descriptor.digest} is not an image's", got=repr(error)
+            f"oci:{layout}", f"manifest or config of {descriptor.digest} is not an image's", got=repr(error)[:200]
         ) from error
     return image
 
 
 def read_json(layout: Path, digest: str) -> Any:
-    """Read a JSON blob, proving its digest. Raises BuildError where it is missing or damaged."""
-    return json.loads(read_blob(layout, digest))
+    """Read a JSON blob, proving its digest. Raises BuildError where it is missing, damaged or no plain JSON."""
+    try:
+        return parse_json(read_blob(layout, digest))
+    except ValueError as error:
+        raise BuildError(f"oci:{layout}", f"the blob {digest} is no plain JSON", got=str(error)[:100]) from error
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON that everybody reads alike: UTF-8 without a mark, no name twice, no NaN. Raises ValueError for any other.
+
+    Where a document leaves room, a registry, a runtime and this program could each see another image in it.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise ValueError("a name is given twice")
+        return values
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        return json.loads(data.decode(), object_pairs_hook=once, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def read_blob(layout: Path, digest: str) -> bytes:
@@ -313,44 +316,6 @@ def read_blob(layout: Path, digest: str) -> bytes:
     if found != digest:
         raise BuildError(f"oci:{layout}", f"the blob named {digest} has other bytes", got=found)
     return data
-
-
-def write_layer(entries: Iterable[Entry], target: Path, progress: Callable[[int], None] | None = None) -> Layer:
-    """Write entries as one compressed layer to a file. The same entries give the same bytes on every machine.
-
-    Folders that lead to an entry are added where none is given. ``progress`` is told bytes of content.
-    """
-    known: dict[str, Entry] = {}
-    for entry in entries:
-        if entry.path in known:
-            raise BuildError(f"layer {target.name}", "has two entries of one name", got=entry.path)
-        known[entry.path] = entry
-    for path in list(known):
-        for parent in Path(path).parents:
-            if str(parent) != ".":
-                known.setdefault(str(parent), Entry(str(parent), "dir"))
-
-    def write(stream: IO[bytes]) -> None:
-        with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, bufsize=CHUNK) as archive:
-            for path in sorted(known):
-                _add_entry(archive, known[path])
-                if progress and known[path].kind == "file":
-                    progress(_size(known[path]))
-
-    return _compress(write, target)
-
-
-def layer_from_tar(source: Path, target: Path, progress: Callable[[int], None] | None = None) -> Layer:
-    """Compress a tar as it is to a layer: for archives that already are deterministic."""
-
-    def write(stream: IO[bytes]) -> None:
-        with source.open("rb") as reader:
-            while chunk := reader.read(CHUNK):
-                stream.write(chunk)
-                if progress:
-                    progress(len(chunk))
-
-    return _compress(write, target)
 
 
 @contextmanager
@@ -396,11 +361,22 @@ def check_blobs(image: Image, progress: Callable[[int], None] | None = None) -> 
 
 
 def _manifests(layout: Path, entries: Iterable[Descriptor]) -> Iterator[Descriptor]:
+    """The images that entries lead to; what is of no platform is no image but somebody's word on one."""
     for entry in entries:
+        if entry.architecture == "unknown":
+            continue
         if entry.media_type in INDEXES:
-            yield from _manifests(layout, map(Descriptor.from_json, read_json(layout, entry.digest)["manifests"]))
+            yield from _manifests(layout, _entries(layout, read_blob(layout, entry.digest)))
         else:
             yield entry
+
+
+def _entries(layout: Path, data: bytes) -> list[Descriptor]:
+    """What an index has. Raises BuildError where it cannot be read."""
+    try:
+        return [Descriptor.from_json(entry) for entry in parse_json(data)["manifests"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BuildError(f"oci:{layout}", "has an index that cannot be read", got=repr(error)[:200]) from error
 
 
 def _architecture(layout: Path, entry: Descriptor) -> str | None:
@@ -409,12 +385,12 @@ def _architecture(layout: Path, entry: Descriptor) -> str | None:
 
 
 def index_entries(layout: Path) -> list[Descriptor]:
-    """What the index of a layout has. Raises ConfigurationError where it cannot be read."""
+    """What the index of a layout has. Raises BuildError where it cannot be read."""
     try:
-        document = json.loads((layout / "index.json").read_bytes())
-        return [Descriptor.from_json(entry) for entry in document["manifests"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigurationError(f"oci:{layout}", "has no readable index.json", got=repr(error)) from error
+        data = (layout / "index.json").read_bytes()
+    except OSError as error:
+        raise BuildError(f"oci:{layout}", "has no readable index.json", got=error.strerror) from error
+    return _entries(layout, data)
 
 
 def _write_index(layout: Path, entries: Iterable[Descriptor]) -> None:
@@ -424,51 +400,3 @@ def _write_index(layout: Path, entries: Iterable[Descriptor]) -> None:
     )
     document = {"schemaVersion": 2, "mediaType": INDEX, "manifests": [entry.to_json() for entry in ordered]}
     write_atomically(layout / "index.json", canonical_json(document))
-
-
-def _size(entry: Entry) -> int:
-    return len(entry.source) if isinstance(entry.source, bytes) else entry.source.stat().st_size
-
-
-def _add_entry(archive: tarfile.TarFile, entry: Entry) -> None:
-    info = tarfile.TarInfo(entry.path)
-    info.mode, info.mtime = entry.mode, EPOCH
-    if entry.kind == "dir":
-        info.type = tarfile.DIRTYPE
-        archive.addfile(info)
-    elif entry.kind == "symlink":
-        info.type, info.linkname, info.mode = tarfile.SYMTYPE, entry.target, 0o777
-        archive.addfile(info)
-    else:
-        info.size = _size(entry)
-        with io.BytesIO(entry.source) if isinstance(entry.source, bytes) else entry.source.open("rb") as content:
-            archive.addfile(info, content)
-
-
-class _Digesting(io.RawIOBase):
-    """Passes bytes on and keeps their digest and number."""
-
-    def __init__(self, target: IO[bytes]) -> None:
-        self.target, self.hash, self.size = target, hashlib.sha256(), 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.hash.update(data)
-        self.size += len(data)
-        self.target.write(data)
-        return len(data)
-
-
-def _compress(write: Callable[[IO[bytes]], None], target: Path) -> Layer:
-    with target.open("wb") as file:
-        compressed: Any = _Digesting(file)
-        with zstandard.ZstdCompressor(level=_LEVEL, threads=_THREADS).stream_writer(
-            compressed,
-            closefd=False,
-        ) as compressor:
-            plain: Any = _Digesting(compressor)
-            write(plain)
-    descriptor = Descriptor(LAYER_ZSTD, f"sha256:{compressed.hash.hexdigest()}", compressed.size)
-    return Layer(descriptor, f"sha256:{plain.hash.hexdigest()}")

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import matrix, oci, pipeline, registry, sources
@@ -130,7 +131,7 @@ def _verify_found(run: Run, reference: str, image: Image, out: Path) -> Record:
         reference += f"@{image.digest}"
     # A layout's own names are all it has; a name that somebody gave is one of several.
     names = _names(reference)
-    complete = reference.startswith("oci:") and names
+    complete = reference.startswith("oci:") and any("/" in name for name in names)
     return pipeline.hold(
         run,
         made,
@@ -183,15 +184,11 @@ def _find(run: Run, reference: str) -> Image:
 
     Raises VerificationError where it is damaged: what cannot be read cannot be right.
     """
-    try:
+    with _readable(reference):
         try:
             return sources.image(reference, None, run.cache, run.report)
         except ConfigurationError:  # none, or one for each of several architectures
             return sources.image(reference, run.cell.arch, run.cache, run.report)
-    except BuildError as error:
-        raise VerificationError(
-            f"image {reference}", f"layers.blobs: {error.subject} {error.fact}", got=error.got
-        ) from error
 
 
 def _names(reference: str) -> tuple[str, ...]:
@@ -200,4 +197,16 @@ def _names(reference: str) -> tuple[str, ...]:
         registry.Reference.parse(reference)
         return (reference.partition("@")[0],)
     folder, name = sources.split_layout(reference.removeprefix("oci:"))
-    return oci.full_names_of(folder, oci.find_entry(folder, name).digest)
+    with _readable(reference):
+        return oci.full_names_of(folder, oci.find_entry(folder, name).digest)
+
+
+@contextmanager
+def _readable(reference: str) -> Iterator[None]:
+    """Turn what is wrong with an image that is to be verified into a failed verification."""
+    try:
+        yield
+    except BuildError as error:
+        raise VerificationError(
+            f"image {reference}", f"layers.blobs: {error.subject} {error.fact}", got=error.got
+        ) from error

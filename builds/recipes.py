@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import oci
+from . import layers
 from .cache import recipe
 
 HERE = Path(__file__).parent
@@ -15,7 +15,7 @@ INSTALLER_PARTS = tuple(sorted(path for path in INSTALLER.rglob("*") if path.suf
 DRIVER_TREE = recipe(HERE / "runfile.py", HERE / "tars.py")
 CONFTEST = recipe(HERE / "compile.sh")
 MODULES = recipe(HERE / "compile.py", HERE / "compile.sh", HERE / "model.py")
-LAYER = recipe(HERE / "oci.py", compressor=oci.COMPRESSOR)
+LAYER = recipe(HERE / "layers.py", HERE / "oci.py", compressor=layers.COMPRESSOR)
 USER_SPACE = recipe(
     *(HERE / name for name in ("userspace.py", "manifest.py", "runfile.py", "tars.py", "paths.py", "model.py")),
     layer=LAYER,
@@ -23,7 +23,8 @@ USER_SPACE = recipe(
 MODULE_LAYER = recipe(HERE / "image.py", HERE / "paths.py", HERE / "model.py", layer=LAYER)
 CHECKS = recipe(
     *sorted(path for path in (HERE.parent / "tests" / "image").glob("*") if path.suffix in (".py", ".ini")),
-    *(HERE / f"{name}.py" for name in ("kernel", "kmod", "rootfs", "oci", "tars", "runfile", "manifest", "userspace")),
+    *(HERE / f"{name}.py" for name in ("kernel", "kmod", "rootfs", "oci", "layers", "tars", "runfile", "manifest")),
+    *(HERE / f"{name}.py" for name in ("userspace", "image")),
     *(HERE / f"{name}.py" for name in ("model", "paths", "plan", "cache", "engine", "record", "verify")),
     *INSTALLER_PARTS,
 )

@@ -12,10 +12,9 @@ from . import layers, manifest, paths
 from .cache import Cache
 from .console import Reporter
 from .errors import BuildError
-from .layers import StoredLayer
+from .layers import Entry, StoredLayer
 from .manifest import Placed
 from .model import Arch
-from .oci import Entry
 from .plan import Plan
 
 
@@ -39,14 +38,15 @@ def layer(plan: Plan, tree: Path, cache: Cache, report: Reporter) -> StoredLayer
     return layers.stored(
         "pack user space",
         plan.userspace,
-        lambda: _entries(selection(tree, plan.cell.arch), tree),
+        lambda: entries(tree, plan.cell.arch),
         cache,
         report,
     )
 
 
-def _entries(chosen: tuple[Placed, ...], tree: Path) -> Iterator[Entry]:
-    for placed in chosen:
+def entries(tree: Path, arch: Arch) -> Iterator[Entry]:
+    """What the layer has."""
+    for placed in selection(tree, arch):
         path = f"{paths.DRIVER_ROOT}/{placed.dest}"
         if placed.target is not None:
             yield Entry(path, "symlink", target=placed.target)

@@ -77,6 +77,8 @@ class Subject:
     """The driver package, unpacked."""
     base: tuple[str, ...]
     """Diff ids of the base image's layers."""
+    base_blobs: tuple[str, ...]
+    """Digests of its layers' blobs."""
     modules: Mapping[ModuleType, Path]
     """Folders of the plan's modules, of those types that were compiled here."""
     vermagic: str | None
@@ -106,7 +108,7 @@ class Subject:
             **document,
             "plan": Plan.from_json(document["plan"]),
             **{name: Path(document[name]) for name in ("layout", "symvers", "tree", "scratch")},
-            **{name: tuple(document[name]) for name in ("names", "base", "groups", "private")},
+            **{name: tuple(document[name]) for name in ("names", "base", "base_blobs", "groups", "private")},
             "modules": {ModuleType(name): Path(folder) for name, folder in document["modules"].items()},
         }
         return cls(**values)
@@ -166,6 +168,7 @@ def run(
             symvers=inputs.symvers.absolute(),
             tree=tree.absolute(),
             base=tuple(layer.diff_id for layer in inputs.base.layers),
+            base_blobs=tuple(layer.descriptor.digest for layer in inputs.base.layers),
             modules=dict(modules or {}),
             vermagic=vermagic,
             engine=engine.url if engine else None,

@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .. import oci
+from .. import layers, oci
 from ..cache import write_atomically
 from ..errors import BuildError, InfrastructureError
 from . import commands
@@ -96,7 +96,7 @@ def build(
     (repository / "Packages").write_text(index)
     (repository / "Release").write_text(flat_release(recipe.suite, index))
     _run(command(recipe, repository, tar), temporary, log, recipe, progress)
-    layer = oci.layer_from_tar(tar, folder / LAYER)
+    layer = layers.layer_from_tar(tar, folder / LAYER)
     tar.unlink()
     temporary.rmdir()
     for path in repository.iterdir():

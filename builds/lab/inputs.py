@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import oci
+from .. import layers, oci
 from ..cache import Cache, file_sha256, key_of, locked, recipe, remove, write_atomically
 from ..console import Reporter, Step, human_size
 from ..errors import HarnessError, InfrastructureError
@@ -107,7 +107,7 @@ class _Part:
     def code(self) -> str:
         """Version of our own side of it: recipe and code."""
         if isinstance(self.recipe, ImageRecipe):
-            files, compressor = (images.__file__, oci.__file__), oci.COMPRESSOR
+            files, compressor = (images.__file__, oci.__file__), layers.COMPRESSOR
         else:
             files, compressor = (driver.__file__, package.__file__), package.COMPRESSOR
         return key_of(recipe=asdict(self.recipe), code=recipe(*map(Path, files), compressor=compressor))

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from builds.errors import BuildError, HarnessError, Kind
+from builds.errors import BuildError, HarnessError, InfrastructureError, Kind
 from builds.model import ModuleType
 from builds.oci import Image
 from builds.record import CheckResult, Outcome
@@ -172,14 +172,23 @@ def image(subject: Subject) -> Image:
 
 
 @pytest.fixture(scope="session")
-def found(image: Image, expected: Expected) -> Iterator[Found]:
-    """What the image holds."""
+def opened(image: Image, expected: Expected) -> Iterator[Found | str]:
+    """What the image holds, or why its layers cannot be read."""
     with contextlib.ExitStack() as stack:
         try:
             rootfs = stack.enter_context(open_rootfs(image, expected.subject.scratch))
-        except UNREADABLE as error:
-            raise BuildError("image", "its layers cannot be read", got=f"{type(error).__name__}: {error}") from error
+        except (BuildError, *UNREADABLE) as error:
+            yield f"{type(error).__name__}: {error}"
+            return
         yield Found(image, rootfs, expected)
+
+
+@pytest.fixture(scope="session")
+def found(opened: Found | str) -> Found:
+    """What the image holds. Where it cannot be read one check says so, and the others are not run."""
+    if isinstance(opened, str):
+        raise InfrastructureError("image", "its layers cannot be read: layers.readable")
+    return opened
 
 
 @pytest.fixture(scope="session")

@@ -6,14 +6,15 @@ import functools
 import hashlib
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import IO, Any
 
 import zstandard
 
-from builds import kmod, oci, paths, recipes, userspace
+from builds import image as packing
+from builds import kmod, layers, oci, paths, recipes, userspace
 from builds.cache import CHUNK
 from builds.errors import BuildError
 from builds.kmod import Elf, Export, Module
@@ -113,6 +114,18 @@ class Expected:
             InstallerPart(f"{paths.INSTALLER}/release.env", 0o644, facts.encode()),
         )
 
+    def parts(self, module: Callable[[ModuleType, str], bytes]) -> dict[str, str]:
+        """Diff id that each of our layers is to have, lowest first; ``module`` is the content of the modules.
+
+        Nothing in a layer is left open but that, so whatever a reader of archives may overlook shows here.
+        """
+        plan = self.plan
+        return {
+            "user space": layers.diff_id(userspace.entries(self.subject.tree, plan.cell.arch)),
+            "modules": layers.diff_id(packing.module_entries(plan, module)),
+            "installer": layers.diff_id(packing.installer_entries(plan)),
+        }
+
     def head(self, one: Placed) -> bytes:
         """The first bytes of a file, from the driver package."""
         with (self.subject.tree / str(one.source)).open("rb") as stream:
@@ -194,6 +207,12 @@ class Found:
         return [node for path, node in sorted(self.rootfs.nodes.items()) if node.layer >= self.bases]
 
     @functools.cached_property
+    def parts(self) -> dict[str, str]:
+        """Diff id that each of our layers is to have, given the modules that the image has."""
+        folder = self.expected.set_folder
+        return self.expected.parts(lambda module_type, name: self.file(f"{folder}/{module_type}/{name}.ko").read())
+
+    @functools.cached_property
     def layers(self) -> tuple[LayerFacts, ...]:
         """What each layer holds, whiteouts included. Raises BuildError for one that is no readable tar."""
         return tuple(_layer_facts(self.image, layer) for layer in self.image.layers)
@@ -224,6 +243,33 @@ def kind_of(node: Node | None) -> str:
     if node is None:
         return "nothing"
     return "a file" if node.is_file else "a folder" if node.is_dir else "a link" if node.is_link else "a special file"
+
+
+def frames(blob: IO[bytes]) -> Iterator[str]:
+    """What is odd about a compressed layer: anything but whole streams, one after the other, up to its end.
+
+    Every runtime unpacks those alike. What else a format allows (frames to skip, names, padding, an end that is left
+    out) is taken by some and refused by others, and has room for what nobody sees.
+    """
+    data = blob.read()
+    while data:
+        if data.startswith(b"\x28\xb5\x2f\xfd"):
+            stream: Any = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+        elif data.startswith(b"\x1f\x8b"):
+            if data[3:8] != bytes(5):
+                yield "a gzip stream with a name, a comment or a time"
+            stream = zlib.decompressobj(wbits=31)
+        else:
+            yield f"{len(data)} bytes that are no stream"
+            return
+        for start in range(0, len(data), CHUNK):
+            stream.decompress(data[start : start + CHUNK])
+            if stream.eof:
+                data = stream.unused_data + data[start + CHUNK :]
+                break
+        else:
+            yield "a stream that has no end"
+            return
 
 
 class _Hashing:

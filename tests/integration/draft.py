@@ -89,6 +89,12 @@ class Draft:
         self.edit_index: Callable[[dict[str, Any]], object] = lambda _: None
         self.edit_layers: Callable[[list[Layer]], object] = lambda _: None
         """Change manifest, index or the list of layers once they are known."""
+        self.config_text: Callable[[bytes], bytes] = lambda data: data
+        self.manifest_text: Callable[[bytes], bytes] = lambda data: data
+        """Change the JSON as it is written."""
+        self.archive: Callable[[bytes], bytes] = lambda data: data
+        self.encode: Callable[[bytes], tuple[str, bytes]] = lambda data: (oci.LAYER_TAR, data)
+        """Change the installer's layer: the archive as it is written, and how it is compressed."""
         self._changes: dict[str, Change] = {}
         self._added: list[tuple[tarfile.TarInfo, bytes]] = []
 
@@ -176,8 +182,18 @@ class Draft:
             blob = oci.add_bytes(layout, stream.getvalue(), oci.LAYER_TAR)
             layers.append(Layer(blob, blob.digest))
             self.config["history"].append({"created": oci.CREATED, "created_by": "spoiled"})
+        installer = self.sound.layer_of[paths.ENTRYPOINT]
+        layers[installer] = self._recode(layout, layers[installer])
         self.edit_layers(layers)
-        image = _write(layout, layers, self.config, self.names, self.edit_manifest, keep_diff_ids=self.damaged)
+        image = _write(
+            layout,
+            layers,
+            self.config,
+            self.names,
+            self.edit_manifest,
+            (self.config_text, self.manifest_text),
+            keep_diff_ids=self.damaged,
+        )
         index = json.loads((layout / "index.json").read_text())
         self.edit_index(index)
         (layout / "index.json").write_text(json.dumps(index))
@@ -186,6 +202,16 @@ class Draft:
     def _change(self, path: str, change: Change) -> None:
         assert path in self.sound.layer_of, f"the sound image has no {path}"
         self._changes[path] = change
+
+    def _recode(self, layout: Path, layer: Layer) -> Layer:
+        path = oci.blob_path(layout, layer.descriptor.digest)
+        old = path.read_bytes()
+        new = self.archive(old)
+        media_type, data = self.encode(new)
+        if data == old:
+            return layer
+        blob = oci.add_bytes(layout, data, media_type)
+        return Layer(blob, f"sha256:{hashlib.sha256(new).hexdigest()}")
 
     def _rewrite(self, layout: Path, number: int) -> Layer:
         source = oci.blob_path(self.sound.image.layout, self.sound.image.layers[number].descriptor.digest)
@@ -219,12 +245,13 @@ def _write(
     config: dict[str, Any],
     names: Any,
     edit: Callable[[dict[str, Any]], object] = lambda _: None,
+    texts: tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]] = (lambda data: data, lambda data: data),
     *,
     keep_diff_ids: bool = False,
 ) -> Image:
     if not keep_diff_ids:
-        config = {**config, "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]}}
-    blob = oci.add_bytes(layout, json.dumps(config, sort_keys=True).encode(), oci.CONFIG)
+        config = {**config, "rootfs": {**config["rootfs"], "diff_ids": [layer.diff_id for layer in layers]}}
+    blob = oci.add_bytes(layout, texts[0](json.dumps(config, sort_keys=True).encode()), oci.CONFIG)
     manifest = {
         "schemaVersion": 2,
         "mediaType": oci.MANIFEST,
@@ -232,7 +259,7 @@ def _write(
         "layers": [layer.descriptor.to_json() for layer in layers],
     }
     edit(manifest)
-    descriptor = oci.add_bytes(layout, json.dumps(manifest).encode(), oci.MANIFEST)
+    descriptor = oci.add_bytes(layout, texts[1](json.dumps(manifest).encode()), oci.MANIFEST)
     oci.name_image(layout, descriptor, names)
     return Image(layout, descriptor, manifest, config)
 
@@ -247,6 +274,29 @@ def section(data: bytes, name: str) -> tuple[int, int]:
 def flip(data: bytes, offset: int) -> bytes:
     """Change one bit."""
     return data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :]
+
+
+def header(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, **fields: bytes) -> bytes:
+    """A member of an archive as bytes, with fields of its header (``mode``, ``uid``) as they are given."""
+    info = _member(name, kind)
+    info.size = len(data)
+    raw = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    for field, value in fields.items():
+        start, size = {"mode": (100, 8), "uid": (108, 8)}[field]
+        raw[start : start + size] = value.ljust(size, b"\0")
+    raw[148:156] = b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw)
+    return bytes(raw) + data + bytes(-len(data) % 512)
+
+
+def into(extra: bytes) -> Callable[[bytes], bytes]:
+    """Add members to an archive, before its end."""
+
+    def change(data: bytes) -> bytes:
+        end = len(data.rstrip(b"\0")) + 511 & ~511
+        return data[:end] + extra + bytes(10240)
+
+    return change
 
 
 def flip_in(name: str) -> Callable[[bytes], bytes]:

@@ -10,11 +10,25 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import zstandard
+
 from builds import oci, paths
 from builds.model import MODULES, ModuleType
 from builds.oci import Layer
 
-from .draft import ROOT, Draft, flip, flip_crc, flip_in, other_machine, rename_section, swap_info, swap_text
+from .draft import (
+    ROOT,
+    Draft,
+    flip,
+    flip_crc,
+    flip_in,
+    header,
+    into,
+    other_machine,
+    rename_section,
+    swap_info,
+    swap_text,
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,21 @@ def _link_module(draft: Draft, name: str) -> None:
 
 def _swap_last(layers: list[Layer]) -> None:
     layers[-1], layers[-2] = layers[-2], layers[-1]
+
+
+_HIDDEN = header("etc/evil", b"x", mode=b"\x81\0\0\0\0\0\x01\xed") + header("etc/ld.so.preload", b"/etc/evil\n")
+_SKIPPED = b"\x50\x2a\x4d\x18" + (13).to_bytes(4, "little") + b"token=hunter2"
+_MARK = b"\xef\xbb\xbf"
+_WINDOWS = {"os": "windows", "architecture": "amd64"}
+
+
+def _archive(draft: Draft, extra: bytes) -> None:
+    draft.archive = into(extra)
+
+
+def _unfinished(data: bytes) -> bytes:
+    compressor = zstandard.ZstdCompressor().compressobj()
+    return compressor.compress(data) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
 
 
 def _without_base(draft: Draft) -> None:
@@ -397,6 +426,126 @@ SPECIMENS = (
         lambda d: d.edit(_FACTS, lambda data: data.replace(b"x86_64", b"aarch64")),
     ),
     Specimen("installer part too many", "installer.unexpected", "", lambda d: d.put(_part("extra"))),
+    # what one reader of archives sees and another does not
+    Specimen(
+        "file behind a number that Python cannot read", "layers.bytes", "installer", lambda d: _archive(d, _HIDDEN)
+    ),
+    Specimen(
+        "owner in a header for all",
+        "layers.bytes",
+        "installer",
+        lambda d: setattr(d, "archive", lambda data: header("g", b"11 uid=0\n", tarfile.XGLTYPE) + data),
+    ),
+    Specimen(
+        "archive behind the end",
+        "layers.bytes",
+        "installer",
+        lambda d: setattr(d, "archive", lambda data: data + header("etc/evil") + bytes(10240)),
+    ),
+    Specimen(
+        "token behind the end",
+        "layers.bytes",
+        "installer",
+        lambda d: setattr(d, "archive", lambda data: data + b"token=hunter2".ljust(512, b"\0")),
+    ),
+    Specimen(
+        "folder of the base with other permissions",
+        "layers.bytes",
+        "installer",
+        lambda d: _archive(d, header("tmp", kind=tarfile.DIRTYPE, mode=b"0000755")),
+    ),
+    Specimen(
+        "empty folder elsewhere",
+        "layers.bytes",
+        "installer",
+        lambda d: _archive(d, header("etc/evil.d", kind=tarfile.DIRTYPE, mode=b"0000755")),
+    ),
+    # compressed layers
+    Specimen(
+        "frame to be skipped",
+        "layers.streams",
+        "",
+        lambda d: setattr(d, "encode", lambda tar: (oci.LAYER_ZSTD, zstandard.compress(tar) + _SKIPPED)),
+    ),
+    Specimen(
+        "frame that has no end",
+        "layers.streams",
+        "",
+        lambda d: setattr(d, "encode", lambda tar: (oci.LAYER_ZSTD, _unfinished(tar))),
+    ),
+    Specimen(
+        "zeros behind a gzip stream",
+        "layers.streams",
+        "",
+        lambda d: setattr(d, "encode", lambda tar: (oci.LAYER_GZIP, gzip.compress(tar, mtime=0) + bytes(512))),
+    ),
+    Specimen(
+        "clock in a gzip stream",
+        "layers.streams",
+        "",
+        lambda d: setattr(d, "encode", lambda tar: (oci.LAYER_GZIP, gzip.compress(tar, mtime=1_700_000_000))),
+    ),
+    # documents
+    Specimen(
+        "name given twice in the manifest",
+        "layers.blobs",
+        "",
+        lambda d: setattr(d, "manifest_text", lambda text: text.replace(b"{", b'{"schemaVersion": "secret", ', 1)),
+    ),
+    Specimen(
+        "name given twice in the config",
+        "layers.blobs",
+        "",
+        lambda d: setattr(d, "config_text", lambda text: text.replace(b"{", b'{"os": "secret", ', 1)),
+    ),
+    Specimen(
+        "mark before the config", "layers.blobs", "", lambda d: setattr(d, "config_text", lambda text: _MARK + text)
+    ),
+    Specimen(
+        "another number for two",
+        "layers.manifest",
+        "",
+        lambda d: setattr(d, "edit_manifest", lambda m: m.update(schemaVersion=2.0)),
+    ),
+    Specimen(
+        "index of another system",
+        "layers.index",
+        "",
+        lambda d: setattr(d, "edit_index", lambda i: i["manifests"][0].update(platform=_WINDOWS)),
+    ),
+    Specimen(
+        "data in the index",
+        "layers.index",
+        "",
+        lambda d: setattr(d, "edit_index", lambda i: i["manifests"][0].update(data="eA==")),
+    ),
+    Specimen(
+        "secret in the index",
+        "config.secrets",
+        "",
+        lambda d: setattr(d, "edit_index", lambda i: i.update(annotations={"note": "password=hunter2"})),
+    ),
+    Specimen(
+        "root file system of another kind", "config.settings", "", lambda d: d.config["rootfs"].update(type="foo")
+    ),
+    Specimen("setting in other letters", "config.settings", "", lambda d: d.run.update(entrypoint=None)),
+    Specimen(
+        "command that args of a pod would drop",
+        "config.entrypoint",
+        "",
+        lambda d: d.run.update(Entrypoint=[], Cmd=[f"/{paths.ENTRYPOINT}", "init"]),
+    ),
+    Specimen("labels that are none", "config.labels", "*", lambda d: d.run.update(Labels=["x"])),
+    Specimen(
+        "foreign folder first",
+        "config.environment",
+        "",
+        lambda d: d.run.update(Env=[line.replace("PATH=/usr/local/sbin", "PATH=/tmp") for line in d.run["Env"]]),
+    ),
+    Specimen("name without a tag", "tags.unexpected", "", lambda d: d.names.append(d.plan.image_path)),
+    Specimen(
+        "short name of another kernel", "tags.unexpected", "", lambda d: d.names.append("550-6.9.9-evil-debian12")
+    ),
     # layers
     Specimen(
         "setuid tool",

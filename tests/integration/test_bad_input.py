@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from builds import oci
+from builds import layers, oci
 from builds.lab import package
+from builds.layers import Entry
 from builds.model import Arch
-from builds.oci import Entry
 from builds.record import Record
 
 from .conftest import ROOT, Built, Cli, environment
@@ -102,14 +102,14 @@ def test_a_kmodbuild_image_must_have_one_kernel_of_the_flavour(
     source = built.inputs.base if case == "without headers" else built.inputs.kmodbuild
     layout = tmp_path / "images" / "kmodbuild"
     oci.create(layout)
-    layers = list(source.layers)
-    for digest in [layer.descriptor.digest for layer in layers]:
+    stack = list(source.layers)
+    for digest in [layer.descriptor.digest for layer in stack]:
         os.link(oci.blob_path(source.layout, digest), oci.blob_path(layout, digest))
     if case != "without headers":
-        more = oci.write_layer(SECOND, tmp_path / "layer")
+        more = layers.write_layer(SECOND, tmp_path / "layer")
         (tmp_path / "layer").rename(oci.blob_path(layout, more.descriptor.digest))
-        layers.append(more)
-    oci.add_image(layout, layers, arch=Arch.AMD64, names=[f"amd64-{built.cell.gl}"])
+        stack.append(more)
+    oci.add_image(layout, stack, arch=Arch.AMD64, names=[f"amd64-{built.cell.gl}"])
     base = tmp_path / "images"
     oci.create(base)
     for blob in (built.inputs.base.descriptor, built.inputs.base.config_descriptor):

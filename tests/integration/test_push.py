@@ -20,11 +20,12 @@ import psutil
 import pytest
 import trustme
 
-from builds import http, oci, push, registry
+from builds import http, layers, oci, push, registry
 from builds.console import Reporter
 from builds.errors import InfrastructureError
+from builds.layers import Entry
 from builds.model import Arch
-from builds.oci import Entry, Image
+from builds.oci import Image, Layer
 from builds.record import Record
 from builds.tags import Tag, TagKind
 
@@ -48,13 +49,13 @@ def server(registry_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 def _small(folder: Path, text: str) -> Image:
     """An image of two layers, a few hundred bytes each."""
     oci.create(folder)
-    layers = []
+    made: list[Layer] = []
     for number in range(2):
         blob = folder / "part"
-        layer = oci.write_layer([Entry("file", "file", 0o644, f"{text} {number}\n".encode() * 20)], blob)
+        layer = layers.write_layer([Entry("file", "file", 0o644, f"{text} {number}\n".encode() * 20)], blob)
         blob.rename(oci.blob_path(folder, layer.descriptor.digest))
-        layers.append(layer)
-    return oci.add_image(folder, layers, arch=Arch.AMD64, names=["reg/img:1"], history=["one", "two"])
+        made.append(layer)
+    return oci.add_image(folder, made, arch=Arch.AMD64, names=["reg/img:1"], history=["one", "two"])
 
 
 MOVING = {TagKind.BRANCH: "550-k-os", TagKind.VERSION: "550.1-k-os", TagKind.ALIAS: "550-k-os1"}

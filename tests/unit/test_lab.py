@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from builds import lab, oci
+from builds import lab, layers, oci
 from builds.cache import Cache
 from builds.console import Reporter
 from builds.errors import BuildError, ConfigurationError, InfrastructureError
@@ -188,7 +188,7 @@ def test_a_failed_installation_shows_the_end_of_its_log(
 def test_an_image_is_named_in_its_layout(tmp_path: Path) -> None:
     recipe = recipes.image("kmodbuild", "debian12", Arch.AMD64)
     (tmp_path / "part").mkdir()
-    layer = oci.write_layer([oci.Entry("etc/hi", "file", source=b"hi")], tmp_path / "part" / images.LAYER)
+    layer = layers.write_layer([layers.Entry("etc/hi", "file", source=b"hi")], tmp_path / "part" / images.LAYER)
     facts = {**layer.descriptor.to_json(), "diff_id": layer.diff_id}
     (tmp_path / "part" / images.LAYER_FACTS).write_text(json.dumps(facts))
     made = images.add(tmp_path / "part", recipe, tmp_path / "layout", "amd64-debian12")
@@ -339,7 +339,7 @@ class _Made:
 
     def image(self, _: object, __: object, ___: object, folder: Path, *____: object) -> None:
         self.built += 1
-        layer = oci.write_layer([oci.Entry("v", "file", source=self.version.encode())], folder / images.LAYER)
+        layer = layers.write_layer([layers.Entry("v", "file", source=self.version.encode())], folder / images.LAYER)
         facts = {**layer.descriptor.to_json(), "diff_id": layer.diff_id}
         (folder / images.LAYER_FACTS).write_text(json.dumps(facts))
 

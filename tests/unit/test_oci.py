@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from builds import oci
+from builds import layers, oci
 from builds.errors import BuildError, ConfigurationError
+from builds.layers import Entry
 from builds.model import Arch
-from builds.oci import Entry
 
 ENTRIES = [
     Entry("usr/bin/tool", "file", 0o755, b"#!/bin/sh\n"),
@@ -26,7 +26,7 @@ ENTRIES = [
 
 
 def layer(folder: Path, entries: list[Entry], name: str = "layer") -> oci.Layer:
-    return oci.write_layer(entries, folder / name)
+    return layers.write_layer(entries, folder / name)
 
 
 def layout(folder: Path, *, names: tuple[str, ...] = ("reg/img:a", "reg/img:b")) -> oci.Image:
@@ -182,7 +182,7 @@ def test_what_is_no_image_is_refused_in_words(manifest: bytes | None, config: by
         document["config"] = oci.add_bytes(image.layout, config, oci.CONFIG).to_json()
     data = manifest if manifest is not None else json.dumps(document).encode()
     descriptor = oci.add_bytes(image.layout, data, oci.MANIFEST)
-    with pytest.raises(BuildError, match="is not an image's"):
+    with pytest.raises(BuildError, match=r"is not an image's|is no plain JSON"):
         oci.read_image(image.layout, descriptor)
 
 
@@ -190,8 +190,59 @@ def test_what_is_no_image_is_refused_in_words(manifest: bytes | None, config: by
 def test_an_index_that_is_none_is_refused_in_words(text: str, tmp_path: Path) -> None:
     image = layout(tmp_path)
     (image.layout / "index.json").write_text(text)
-    with pytest.raises(ConfigurationError, match=r"no readable index\.json"):
+    with pytest.raises(BuildError, match="an index that cannot be read"):
         oci.find_image(image.layout)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xef\xbb\xbf{}",
+        '{"a": 1}'.encode("utf-16"),
+        b'{"a": 1, "a": 2}',
+        b'{"b": {"a": 1, "a": 1}}',
+        b'{"a": NaN}',
+        b"[" * 200_000 + b"]" * 200_000,
+        b"{} {}",
+    ],
+    ids=["mark", "utf-16", "twice", "twice below", "nan", "deep", "two"],
+)
+def test_json_that_others_would_read_differently_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        oci.parse_json(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"digest": "sha256:../../etc/passwd"},
+        {"digest": "sha512:" + "a" * 128},
+        {"digest": "sha256:" + "A" * 64},
+        {"digest": 1},
+        {"size": -1},
+        {"size": 1.0},
+        {"size": True},
+        {"mediaType": ["x"]},
+        {"annotations": {oci.REF_NAME: 5}},
+        {"annotations": "x"},
+        {"platform": {"architecture": ["amd64"]}},
+    ],
+    ids=str,
+)
+def test_what_is_no_descriptor_is_refused(change: dict[str, object]) -> None:
+    good = {"mediaType": oci.MANIFEST, "digest": "sha256:" + "a" * 64, "size": 1}
+    assert oci.Descriptor.from_json(good).size == 1
+    with pytest.raises((TypeError, ValueError)):
+        oci.Descriptor.from_json({**good, **change})
+
+
+def test_an_attestation_is_no_image(tmp_path: Path) -> None:
+    image = layout(tmp_path)
+    index = json.loads((image.layout / "index.json").read_text())
+    other = {**index["manifests"][0], "digest": "sha256:" + "a" * 64}
+    index["manifests"].append({**other, "platform": {"os": "unknown", "architecture": "unknown"}})
+    (image.layout / "index.json").write_text(json.dumps(index))
+    assert oci.find_image(image.layout).digest == image.digest
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from builds import layers as packing
 from builds import oci
 from builds.errors import BuildError
 from builds.model import Arch
@@ -39,7 +40,7 @@ def image(folder: Path, *layers: Sequence[Member]) -> oci.Image:
                 archive.addfile(info, io.BytesIO(text.encode()))
         tar = folder / f"{number}.tar"
         tar.write_bytes(stream.getvalue())
-        layer = oci.layer_from_tar(tar, folder / f"{number}.layer")
+        layer = packing.layer_from_tar(tar, folder / f"{number}.layer")
         oci.add_layer(layout, layer, folder / f"{number}.layer")
         made.append(layer)
     return oci.add_image(layout, made, arch=Arch.AMD64, names=["x:y"])
