@@ -28,7 +28,7 @@ from .oci import Image
 from .plan import Inputs, Plan
 from .push import Pushed
 from .record import RECORD, Record
-from .settings import Settings, resolve
+from .settings import DEFAULTS, Settings, resolve
 
 PUSHED = "push.json"
 _STEPS = "steps.json"
@@ -152,10 +152,18 @@ def push(run: Run) -> Pushed:
     """Put the cell's image into the repository that IMAGE_PATH names, if its record lets it; leaves ``push.json``.
 
     Needs ``out/<cell>/image`` and ``record.json`` and nothing else, so it can be done elsewhere than the build.
-    Raises VerificationError where the image is not verified, or the repository has another under its immutable tag.
+    Raises VerificationError where the image is not verified, or the repository has another under its immutable tag,
+    ConfigurationError where a lab cell would go among Garden Linux's.
     """
     with phase(run, "push"):
         verify_it = repeat_line(run.cell)
+        if run.matrix.inputs == "lab" and run.settings.image_path == DEFAULTS["image_path"]:
+            raise ConfigurationError(
+                f"cell {run.cell}",
+                "is the lab's, which is not pushed into the repository of Garden Linux's images",
+                got=run.settings.image_path,
+                hint="IMAGE_PATH=<registry>/<repository> names another",
+            )
         for what, path in (("has no image", run.layout / "oci-layout"), ("was not verified", run.out / RECORD)):
             if not path.is_file():
                 raise VerificationError(

@@ -57,6 +57,7 @@ SETTINGS = (
     Setting("jobs", "JOBS", "", "compile jobs at once; default: as many as there are cores"),
 )
 
+DEFAULTS = {setting.name: setting.default for setting in SETTINGS}
 
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _REPOSITORY = re.compile(rf"(?:[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9a-fA-F:]+\])(?::[0-9]+)?/{_PART}(?:/{_PART})*/?")
@@ -84,7 +85,7 @@ def resolve(
 
     Raises ConfigurationError for a value that cannot be.
     """
-    values = {setting.name: setting.default for setting in SETTINGS}
+    values = dict(DEFAULTS)
     for setting in SETTINGS:
         if matrix and setting.variable in matrix:
             values[setting.name] = matrix[setting.variable]

@@ -12,7 +12,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +61,20 @@ class Tokens:
 
 
 @contextmanager
+def answering(handler: Callable[..., http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Run a web server on a free port of this machine; its address."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextmanager
 def token_server(tokens: Tokens) -> Iterator[Tokens]:
     """Run a token server (distribution's token authentication: a JWT, signed with a key that the registry knows)."""
     issued = trustme.CA().issue_cert("tokens.tests.example", key_type=trustme.KeyType.RSA)
@@ -96,15 +110,9 @@ def token_server(tokens: Tokens) -> Iterator[Tokens]:
         def log_message(self, *_arguments: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        tokens.realm = f"http://127.0.0.1:{server.server_port}/token"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield tokens
-        finally:
-            server.shutdown()
-            thread.join()
+    with answering(Handler) as address:
+        tokens.realm = f"http://{address}/token"
+        yield tokens
 
 
 def _base64(data: bytes) -> bytes:
@@ -304,16 +312,8 @@ def proxied(target: str, seconds: float = 0.2) -> Iterator[Proxy]:
             with suppress(ConnectionError, ValueError):  # a client that went away, or one that speaks TLS
                 super().handle()
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        proxy.address = f"127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield proxy
-        finally:
-            server.shutdown()
-            thread.join()
+    with answering(Handler) as proxy.address:
+        yield proxy
 
 
 def docker_config(folder: Path, address: str, user: str, password: str) -> Path:

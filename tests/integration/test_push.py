@@ -534,6 +534,12 @@ def test_a_moving_tag_is_said_to_move(
     assert server.tags("moving/driver")[branch] == verified.image.digest
 
 
+def test_a_lab_cell_does_not_go_among_those_of_garden_linux(verified: Built, builds: Cli) -> None:
+    done = builds("push", str(verified.cell))
+    assert done.returncode == 2, done.stderr
+    assert "IMAGE_PATH=<registry>/<repository>" in done.stderr
+
+
 def test_a_record_lets_only_its_own_image_through(verified: Built) -> None:
     record = Record.read(verified.out / "record.json")
     assert push.admit(record, verified.image, "").cell == verified.cell

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from builds.model import Arch
 from builds.oci import Descriptor
 from builds.registry import Reference
 
-from .registries import docker_config
+from .registries import answering, docker_config
 
 BLOB = b"the bytes of a blob" * 1000
 DIGEST = f"sha256:{hashlib.sha256(BLOB).hexdigest()}"
@@ -42,7 +41,7 @@ class Seen:
 class Played:
     """A server that answers as a test says."""
 
-    address: str
+    address: str = ""
     seen: list[Seen] = field(default_factory=list)
 
 
@@ -71,15 +70,9 @@ def played(answer: Callable[[Seen], Answer]) -> Iterator[Played]:
         def log_message(self, *_arguments: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        server = Played(f"127.0.0.1:{running.server_port}")
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        try:
-            yield server
-        finally:
-            running.shutdown()
-            thread.join()
+    server = Played()
+    with answering(Handler) as server.address:
+        yield server
 
 
 @pytest.fixture(autouse=True)

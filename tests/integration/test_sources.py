@@ -6,7 +6,6 @@ import functools
 import hashlib
 import http.server
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import Built, Cli
-from .registries import Server, put, serve
+from .registries import Server, answering, put, serve
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +37,8 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 @contextmanager
 def _served(folder: Path) -> Iterator[str]:
     handler = functools.partial(_Quiet, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with answering(handler) as address:
+        yield f"http://{address}"
 
 
 @pytest.fixture
