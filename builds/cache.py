@@ -112,7 +112,7 @@ def publish(folder: Path, make: Callable[[Path], None]) -> Path:
     The caller holds the lock of ``folder``, so any temporary folder found beside it was left by a killed run.
     """
     temporary = folder.with_name(folder.name + ".part")
-    with disk_errors(folder.name, folder.parent):
+    with disk_errors(f"{folder.parent.name}/{folder.name[:12]}", folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove(temporary)
         temporary.mkdir()

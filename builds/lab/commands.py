@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import InfrastructureError
 
+_FULL = "No space left on device"  # strerror(ENOSPC) in the language of environment()
 _TAIL = 15  # lines of a failed command's output that a user is shown
 
 
@@ -42,10 +43,18 @@ def output(command: Sequence[str], *, subject: str, hint: str | None = None, cwd
         check=False,
     )
     if done.returncode:
-        raise InfrastructureError(
-            subject, f"{command[0]} failed with status {done.returncode}", got=tail(done.stderr), hint=hint
-        )
+        raise failure(subject, f"{command[0]} failed with status {done.returncode}", done.stderr, hint)
     return done.stdout
+
+
+def failure(subject: str, fact: str, said: str, hint: str | None) -> InfrastructureError:
+    """The error for a command that failed, with the end of what it said; a full disk is said in so many words."""
+    if full := next((line.strip() for line in said.splitlines() if _FULL in line), None):
+        space = "free some space, or name another place with CACHE_DIR"
+        return InfrastructureError(
+            subject, f"the disk is full: {fact}", got=full, hint="; ".join(filter(None, (space, hint)))
+        )
+    return InfrastructureError(subject, fact, got=tail(said), hint=hint)
 
 
 def tail(text: str) -> str:

@@ -152,11 +152,13 @@ def _run(
     status = process.returncode
     if status:
         said = log.read_text(errors="replace")
+        subject, fact = f"lab {recipe.kind} image {recipe.arch}-{recipe.gl}", f"mmdebstrap failed with status {status}"
         # the packages are proven, so what is left to blame is the machine, or packages that do not go together
-        kind = InfrastructureError if any(sign in said for sign in _MACHINE) else BuildError
-        raise kind(
-            f"lab {recipe.kind} image {recipe.arch}-{recipe.gl}",
-            f"mmdebstrap failed with status {status}",
+        if any(sign in said for sign in _MACHINE):
+            raise commands.failure(subject, fact, said, f"all it said is in {log}")
+        raise BuildError(
+            subject,
+            fact,
             got=commands.tail(said),
             hint=f"all it said is in {log}",
             repeat="nox -s lab",
