@@ -434,7 +434,7 @@ SPECIMENS = (
         "owner in a header for all",
         "layers.bytes",
         "installer",
-        lambda d: setattr(d, "archive", lambda data: header("g", b"11 uid=0\n", tarfile.XGLTYPE) + data),
+        lambda d: setattr(d, "archive", lambda data: header("g", b"8 uid=0\n", tarfile.XGLTYPE) + data),
     ),
     Specimen(
         "archive behind the end",
@@ -461,6 +461,18 @@ SPECIMENS = (
         lambda d: _archive(d, header("etc/evil.d", kind=tarfile.DIRTYPE, mode=b"0000755")),
     ),
     # compressed layers
+    Specimen(
+        "layer cut short",
+        "layers.readable",
+        "",
+        lambda d: setattr(d, "encode", lambda tar: (oci.LAYER_ZSTD, zstandard.compress(tar)[:-100])),
+    ),
+    Specimen(
+        "archive cut short",
+        "layers.readable",
+        "",
+        lambda d: setattr(d, "archive", lambda data: data[: len(data) // 2]),
+    ),
     Specimen(
         "frame to be skipped",
         "layers.streams",
@@ -542,6 +554,7 @@ SPECIMENS = (
         "",
         lambda d: d.run.update(Env=[line.replace("PATH=/usr/local/sbin", "PATH=/tmp") for line in d.run["Env"]]),
     ),
+    Specimen("illegal tag", "tags.legal", "", lambda d: d.names.append(f"{d.plan.image_path}:550-6.1+x-debian12")),
     Specimen("name without a tag", "tags.unexpected", "", lambda d: d.names.append(d.plan.image_path)),
     Specimen(
         "short name of another kernel", "tags.unexpected", "", lambda d: d.names.append("550-6.9.9-evil-debian12")

@@ -105,6 +105,35 @@ def test_a_plan_of_other_tags_is_refused(bench: Bench) -> None:
     assert "tags.plan[branch]" in failed(record)
 
 
+def test_a_plan_that_is_wrong_about_the_operator_is_refused(bench: Bench) -> None:
+    built = replace(bench.built, plan=replace(bench.built.plan, addressable=False))
+    record = replace(bench, built=built).verify(bench.sound.image, "tags")
+    assert failed(record) == {"tags.addressable"}
+
+
+def test_an_entry_point_that_always_says_yes_is_refused(bench: Bench, layout: Path) -> None:
+    """It takes any argument, and looks alive where it can do nothing."""
+    draft = Draft(bench.sound)
+    draft.edit(paths.ENTRYPOINT, lambda _: b"#!/bin/sh\nexit 0\n")
+    record = bench.verify(draft.write(layout), "runtime", engine=bench.built.engine)
+    assert failed(record) == {
+        "runtime.help",
+        "runtime.init",
+        *(f"runtime.refuses[{argument}]" for argument in ("command", "argument", "nothing")),
+    }
+
+
+ELSEWHERE = {
+    *("runtime.help", "runtime.init", "runtime.refuses", "runtime.loads", "runtime.tools"),
+    *("tags.plan", "tags.addressable", "layers.diff-ids"),
+}
+"""Checks that refuse what is spoiled in a test of its own: it must be run, or it is not the image that is wrong."""
+
+
+def test_every_check_has_something_that_it_must_refuse() -> None:
+    assert verify.known_checks() - {specimen.check for specimen in SPECIMENS} == ELSEWHERE
+
+
 EVERYWHERE: dict[str, Callable[[Draft, str], object]] = {
     "left out": lambda draft, path: draft.delete(path),
     "a bit changed": lambda draft, path: draft.edit(path, lambda data: flip(data, len(data) // 2)),
