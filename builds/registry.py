@@ -230,14 +230,7 @@ def put_manifest(repository: Repository, name: str, data: bytes, media_type: str
 def prove_blob(repository: Repository, blob: Descriptor) -> None:
     """Read a blob back. Raises InfrastructureError where the registry has other bytes than its digest says."""
     title = f"read back {blob.digest[7:19]}"
-
-    def read() -> str:
-        digest = hashlib.sha256()
-        for chunk in _stream(repository, blob, title):
-            digest.update(chunk)
-        return f"sha256:{digest.hexdigest()}"
-
-    found = _again(repository, title, read)
+    found = _again(repository, title, lambda: _read(repository, blob, title))
     if found != blob.digest:
         raise InfrastructureError(
             str(repository),
@@ -345,12 +338,8 @@ def _pull_blob(repository: Repository, blob: Descriptor, layout: Path) -> None:
     title = f"pull {blob.digest[7:19]}"
 
     def read() -> str:
-        digest = hashlib.sha256()
         with temporary.open("wb") as file:
-            for chunk in _stream(repository, blob, title):
-                digest.update(chunk)
-                file.write(chunk)
-        return f"sha256:{digest.hexdigest()}"
+            return _read(repository, blob, title, file.write)
 
     try:
         found = _again(repository, title, read)
@@ -361,10 +350,12 @@ def _pull_blob(repository: Repository, blob: Descriptor, layout: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _stream(repository: Repository, blob: Descriptor, title: str) -> Iterator[bytes]:
-    """The bytes of a blob, and no more than it has."""
+def _read(
+    repository: Repository, blob: Descriptor, title: str, write: Callable[[bytes], object] = lambda _: None
+) -> str:
+    """Read the bytes of a blob, and no more than it has; their digest."""
     response = _once(repository, "GET", repository.url(f"blobs/{blob.digest}"), stream=True)
-    size = 0
+    digest, size = hashlib.sha256(), 0
     with response, repository.report.bytes(title, blob.size) as advance:
         for chunk in response.iter_content(CHUNK):
             size += len(chunk)
@@ -372,8 +363,10 @@ def _stream(repository: Repository, blob: Descriptor, title: str) -> Iterator[by
                 raise BuildError(
                     str(repository), f"the registry sent more for {blob.digest} than its {blob.size} bytes"
                 )
-            yield chunk
+            digest.update(chunk)
+            write(chunk)
             advance(len(chunk))
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _ask(repository: Repository, method: str, what: str, **options: Any) -> requests.Response:
