@@ -12,12 +12,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import __version__, errors
 from . import settings as configuration
 from .console import Reporter
 from .errors import ConfigurationError, HarnessError, InfrastructureError
 from .model import Cell
+
+if TYPE_CHECKING:
+    from .plan import ModuleSet
 
 _EPILOG = """\
 Cells are named in full (570.172.08-1877.3-amd64-cloud) or selected by DRIVER_VERSION, GL_VERSION, TARGET_ARCH and
@@ -169,12 +173,9 @@ def _plan(options: argparse.Namespace, report: Reporter) -> int:
     else:
         for plan in plans:
             rows = [
-                ("kernel", f"{plan.kernel.build.release} ({plan.kernel.build.package})"),
-                ("kmodbuild", f"{plan.kmodbuild.reference} {plan.kmodbuild.digest[:19]}"),
+                *(row for one in plan.sets for row in _shown(one)),
                 ("base", f"{plan.base.reference} {plan.base.digest[:19]}"),
                 ("driver package", f"{plan.package.name} {plan.package.sha256[:12]}"),
-                *((f"{name} modules", key[:12]) for name, key in plan.modules.items()),
-                *((f"{name} modules", f"absent by rule: {reason}") for name, reason in plan.absent.items()),
                 ("user space", plan.userspace[:12]),
                 ("image", plan.image[:12]),
                 *((f"tag ({tag.kind})", tag.name) for tag in plan.tags),
@@ -182,6 +183,17 @@ def _plan(options: argparse.Namespace, report: Reporter) -> int:
             ]
             report.table(plan.cell.id, ("part", "what"), rows)
     return status
+
+
+def _shown(one: ModuleSet) -> list[tuple[str, str]]:
+    """What a plan says of a module set."""
+    build = one.kernel.build
+    return [
+        ("kernel", f"{build.release} ({build.package}), of {', '.join(one.releases)}"),
+        ("kmodbuild", f"{one.kmodbuild.reference} {one.kmodbuild.digest[:19]}"),
+        *((f"{name} modules", key[:12]) for name, key in one.modules.items()),
+        *((f"{name} modules", f"absent by rule: {reason}") for name, reason in one.absent.items()),
+    ]
 
 
 def _build_driver(options: argparse.Namespace, report: Reporter) -> int:

@@ -17,7 +17,7 @@ from .console import Reporter
 from .engine import Engine
 from .errors import BuildError, InfrastructureError
 from .model import MODULES, ModuleType
-from .plan import Inputs, Plan
+from .plan import Inputs, ModuleSet, Plan
 
 LOG = "build.log"
 """The build log, beside the modules."""
@@ -44,6 +44,7 @@ def driver_tree(plan: Plan, inputs: Inputs, cache: Cache, report: Reporter) -> P
 
 def modules(
     plan: Plan,
+    of: ModuleSet,
     inputs: Inputs,
     module_type: ModuleType,
     *,
@@ -60,12 +61,12 @@ def modules(
 
     def build(folder: Path) -> None:
         with report.step(f"compile {module_type}") as step:
-            _compile(plan, inputs, module_type, folder, engine, cache, jobs, logs, report)
-            step.note(f"{len(MODULES)} modules for {plan.kernel.build.release}")
+            _compile(plan, of, inputs, module_type, folder, engine, cache, jobs, logs, report)
+            step.note(f"{len(MODULES)} modules for {of.kernel.build.release} ({of.kernel.build.package})")
 
     made, _ = cache.make(
         "modules",
-        plan.modules[module_type],
+        of.modules[module_type],
         build,
         waiting=lambda: report.say(f"  waiting for another run that compiles {module_type}"),
         proven=True,
@@ -82,6 +83,7 @@ def load_kmodbuild(engine: Engine, image: oci.Image, report: Reporter) -> str:
 
 def _compile(
     plan: Plan,
+    of: ModuleSet,
     inputs: Inputs,
     module_type: ModuleType,
     folder: Path,
@@ -108,17 +110,17 @@ def _compile(
             got=f"no {module_type.source_folder}/Makefile",
             hint="an exclusion rule states a type's absence and its reason",
         )
-    image = load_kmodbuild(engine, inputs.kmodbuild, report)
-    log = logs / f"compile-{module_type}.log"
+    image = load_kmodbuild(engine, inputs.sets[of.id].kmodbuild, report)
+    log = logs / f"compile-{of.id}-{module_type}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text(f"# {plan.cell} {module_type}; repeat: {repeat}\n")
-    conftest = _conftest_key(plan, sources)
+    conftest = _conftest_key(plan, of, sources)
     environment = {
         "FOLDER": module_type.source_folder,
         "JOBS": str(jobs),
-        "SYSSRC": plan.kernel.source,
-        "SYSOUT": plan.kernel.output,
-        "KERNEL": plan.kernel.build.release,
+        "SYSSRC": of.kernel.source,
+        "SYSOUT": of.kernel.output,
+        "KERNEL": of.kernel.build.release,
         "MODULES": " ".join(MODULES),
     }
     script = recipes.HERE / "compile.sh"
@@ -145,7 +147,7 @@ def _compile(
     if missing:
         raise BuildError(f"compile {plan.cell} {module_type}", "modules are missing", got=", ".join(missing))
     shutil.copyfile(log, folder / LOG)
-    (folder / _KEY).write_text(plan.modules[module_type])
+    (folder / _KEY).write_text(of.modules[module_type])
 
 
 def first_error(log: str) -> str:
@@ -154,7 +156,7 @@ def first_error(log: str) -> str:
     return next((line.strip() for line in lines if _ERROR.search(line)), lines[-1].strip() if lines else "an empty log")
 
 
-def _conftest_key(plan: Plan, sources: Path) -> str:
+def _conftest_key(plan: Plan, of: ModuleSet, sources: Path) -> str:
     """Key of the vendor's compile tests: some 300 tiny compiles whose results both types share.
 
     They depend on the test script, the kernel's headers and the compiler.
@@ -162,8 +164,8 @@ def _conftest_key(plan: Plan, sources: Path) -> str:
     return key_of(
         script=hashlib.sha256((sources / "conftest.sh").read_bytes()).hexdigest(),
         package=plan.package.sha256,
-        kernel=plan.kernel.build.digest,
-        compiler=plan.kernel.compiler,
+        kernel=of.kernel.build.digest,
+        compiler=of.kernel.compiler,
         recipe=recipes.CONFTEST,
     )
 

@@ -57,6 +57,10 @@ class Matrix:
     rules: tuple[Rule, ...]
     default: Cell | None
 
+    def siblings(self, cell: Cell) -> tuple[Cell, ...]:
+        """The cells whose image is expected to be the same as a cell's, itself included; oldest release first."""
+        return (cell,)
+
     def owns_branch(self, cell: Cell) -> bool:
         """Whether a cell's driver is the newest of its branch for the same node: it alone moves the branch's tag."""
         rivals = [

@@ -22,10 +22,11 @@ from . import push as pushing
 from .cache import Cache, disk_errors, locked, remove, write_atomically
 from .console import Reporter, human_size, human_time
 from .errors import BuildError, ConfigurationError, HarnessError, InfrastructureError, VerificationError
+from .image import Compiled
 from .matrix import Matrix
 from .model import Arch, Cell, ModuleType
 from .oci import Image
-from .plan import Inputs, Plan
+from .plan import Inputs, ModuleSet, Plan
 from .push import Pushed
 from .record import RECORD, Record
 from .settings import DEFAULTS, Settings, resolve
@@ -55,6 +56,10 @@ class Run:
     def layout(self) -> Path:
         """The OCI layout of the cell's image."""
         return self.out / "image"
+
+    def modules(self, of: ModuleSet, module_type: ModuleType) -> Path:
+        """Where the driver stage leaves the modules of a type, and the image stage looks for them."""
+        return self.out / "modules" / of.id / module_type
 
     @property
     def logs(self) -> Path:
@@ -92,7 +97,7 @@ def make_inputs(runs: Iterable[Run], *, refresh: bool) -> None:
                     hint="the lab makes those of the cells in builds/lab.yaml",
                 )
         elif refresh or _missing(run):
-            lab.make([run.cell], _bases(run), run.cache, run.report)
+            lab.make(run.matrix.siblings(run.cell), _bases(run), run.cache, run.report)
 
 
 def plan(run: Run) -> tuple[Plan, Inputs]:
@@ -122,11 +127,12 @@ def build_image(run: Run) -> Image:
     """
     with phase(run, "build-image"):
         made, inputs = _planned(run)
-        for module_type, key in made.modules.items():
-            if not compiling.adopt(key, run.out / "modules" / module_type, run.cache):
+        for one, module_type, key in _each_type(made):
+            if not compiling.adopt(key, run.modules(one, module_type), run.cache):
                 raise ConfigurationError(
                     f"cell {run.cell}",
                     f"the {module_type} modules of its plan are not compiled",
+                    got=f"none for {one.kernel.build.release} ({one.kernel.build.package})",
                     hint=f'nox -s "build-driver({run.cell})" compiles them',
                 )
         image = packing.find(made, run.layout, run.report) or _pack(run, made, inputs)
@@ -252,18 +258,22 @@ def _bases(run: Run) -> list[tuple[str, Arch]]:
 
 
 def _missing(run: Run) -> tuple[str, ...]:
-    return lab.missing([run.cell], _bases(run), run.cache)
+    return lab.missing(run.matrix.siblings(run.cell), _bases(run), run.cache)
 
 
 def _planned(run: Run) -> tuple[Plan, Inputs]:
     make_inputs([run], refresh=False)
     made, inputs = plan(run)
     write_atomically(run.out / "plan.json", json.dumps(made.to_json(), indent=1, sort_keys=True) + "\n")
-    for module_type, reason in made.absent.items():
-        run.report.say(f"  {module_type}: absent by rule: {reason}", style="yellow")
+    for one in made.sets:
+        for module_type, reason in one.absent.items():
+            run.report.say(f"  {module_type}: absent by rule: {reason}", style="yellow")
+    if len(made.sets) > 1:
+        builds = ", ".join(f"{one.kernel.build.package} ({', '.join(one.releases)})" for one in made.sets)
+        run.report.say(f"  {made.kernel_release} has several builds, one module set each: {builds}")
     if not made.addressable:
         run.report.say(
-            f"  {made.kernel.build.release} is not legal in a tag: the GPU Operator cannot address this image",
+            f"  {made.kernel_release} is not legal in a tag: the GPU Operator cannot address this image",
             style="yellow",
         )
     return made, inputs
@@ -282,18 +292,20 @@ def _build(run: Run) -> tuple[Plan, Inputs, Image]:
 
 def _driver(run: Run, made: Plan, inputs: Inputs) -> None:
     """Compile the modules where no earlier run did, and leave them in the cell's output folder."""
-    for module_type, folder in _modules(run, made, inputs).items():
-        compiling.export(folder, run.out / "modules" / module_type)
+    folders = _modules(run, made, inputs)
+    for one, module_type, _ in _each_type(made):
+        compiling.export(folders[one.id][module_type], run.modules(one, module_type))
 
 
-def _modules(run: Run, made: Plan, inputs: Inputs) -> dict[ModuleType, Path]:
+def _modules(run: Run, made: Plan, inputs: Inputs) -> Compiled:
     """The plan's modules: from the cache, the cell's output folder, or the compiler."""
     engine = None
-    for module_type, key in made.modules.items():
-        if not compiling.adopt(key, run.out / "modules" / module_type, run.cache):
+    for one, module_type, key in _each_type(made):
+        if not compiling.adopt(key, run.modules(one, module_type), run.cache):
             engine = engine or engines.connect()
             compiling.modules(
                 made,
+                one,
                 inputs,
                 module_type,
                 engine=engine,
@@ -305,9 +317,17 @@ def _modules(run: Run, made: Plan, inputs: Inputs) -> dict[ModuleType, Path]:
     return compiled(run, made)
 
 
-def compiled(run: Run, made: Plan) -> dict[ModuleType, Path]:
-    """The plan's modules, of those types that are compiled."""
-    return {module_type: path for module_type, key in made.modules.items() if (path := run.cache.find("modules", key))}
+def compiled(run: Run, made: Plan) -> Compiled:
+    """The plan's modules, of those sets and types that are compiled."""
+    return {
+        one.id: {name: path for name, key in one.modules.items() if (path := run.cache.find("modules", key))}
+        for one in made.sets
+    }
+
+
+def _each_type(made: Plan) -> Iterator[tuple[ModuleSet, ModuleType, str]]:
+    """Every module set of a plan with each type that is built, and its key."""
+    return ((one, module_type, key) for one in made.sets for module_type, key in one.modules.items())
 
 
 def _pack(run: Run, made: Plan, inputs: Inputs) -> Image:
@@ -331,7 +351,7 @@ def hold(
     out: Path,
     repeat: str,
     *,
-    modules: Mapping[ModuleType, Path],
+    modules: Compiled,
     names: Sequence[str] | None = None,
     reference: str | None = None,
 ) -> Record:

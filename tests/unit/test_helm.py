@@ -62,7 +62,7 @@ def test_the_operator_pulls_the_tag_that_we_push(values: dict[str, Any]) -> None
         CELL,
         KERNEL,
         os_tag=ours.os_tag.format(gl=CELL.gl),
-        alias=ours.alias.format(gl=CELL.gl),
+        aliases=[ours.alias.format(gl=CELL.gl)],
         owns_branch=ours.owns_branch(CELL),
         key="0" * 64,
     )
