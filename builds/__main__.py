@@ -109,7 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--image", metavar="REF", help="an image that is there already: oci:<folder>, or in a registry")
     verify.add_argument("--cell", metavar="CELL", help="the cell of --image, where its tag does not say it")
     verify.add_argument("--record", metavar="FILE", help="repeat what a record tells of, and show what differs")
-    verb("push", _push, "put verified images into the repository that IMAGE_PATH names, byte for byte")
+    push = verb("push", _push, "put verified images into the repository that IMAGE_PATH names, byte for byte")
+    push.add_argument(
+        "--drop-builds", action="store_true", help="let tags lose kernel builds that their images have modules for"
+    )
     verb("summary", _summary, "print digest, size, times and checks of the selected cells")
     clean = verb("clean", _clean, "empty the output folder", cells=False)
     clean.add_argument("--all", action="store_true", help="empty the cache as well")
@@ -240,7 +243,7 @@ def _verify(options: argparse.Namespace, report: Reporter) -> int:
 def _push(options: argparse.Namespace, report: Reporter) -> int:
     from . import pipeline
 
-    return _each(options, report, pipeline.push)
+    return _each(options, report, lambda run: pipeline.push(run, drop_builds=options.drop_builds))
 
 
 def _summary(options: argparse.Namespace, report: Reporter) -> None:

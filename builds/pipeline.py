@@ -154,12 +154,13 @@ def verify_cell(run: Run) -> Record:
         return verify_built(run, run.out, repeat_line(run.cell))
 
 
-def push(run: Run) -> Pushed:
+def push(run: Run, *, drop_builds: bool = False) -> Pushed:
     """Put the cell's image into the repository that IMAGE_PATH names, if its record lets it; leaves ``push.json``.
 
     Needs ``out/<cell>/image`` and ``record.json`` and nothing else, so it can be done elsewhere than the build.
-    Raises VerificationError where the image is not verified, or the repository has another under its immutable tag,
-    ConfigurationError where a lab cell would go among Garden Linux's.
+    Raises VerificationError where the image is not verified, the repository has another under its immutable tag, or a
+    tag would lose a kernel build (unless ``drop_builds``), ConfigurationError where a lab cell would go among Garden
+    Linux's.
     """
     with phase(run, "push"):
         verify_it = repeat_line(run.cell)
@@ -187,7 +188,8 @@ def push(run: Run) -> Pushed:
                 f"cell {run.cell}", "is not pushed: its record is another cell's", got=str(made.cell), hint=verify_it
             )
         place = registry.Reference.parse(f"{run.settings.image_path}@{image.digest}")
-        pushed = pushing.run(image, made.tags, registry.connect(place.registry, place.repository, run.report))
+        repository = registry.connect(place.registry, place.repository, run.report)
+        pushed = pushing.run(image, made.tags, repository, drop_builds=drop_builds)
         write_atomically(run.out / PUSHED, json.dumps(pushed.to_json(), indent=1) + "\n")
         pushing.show(pushed, run.report)
     return pushed
