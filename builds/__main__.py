@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from . import __version__, errors
 from . import settings as configuration
 from .console import Reporter
-from .errors import ConfigurationError, HarnessError, InfrastructureError
+from .errors import ConfigurationError, ExcludedError, HarnessError, InfrastructureError
 from .model import Cell
 
 if TYPE_CHECKING:
@@ -95,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument(flag, metavar="VALUE", help=f"{row.help} [{row.variable}]".replace("%", "%%"))
         if cells:
             added.add_argument("cells", nargs="*", metavar="CELL", help="cell ids")
+            added.add_argument(
+                "--among-others", action="store_true", help="the cells are some of many: excluded ones are no failure"
+            )
         return added
 
     verb("setup", _setup, "make a Debian machine ready: container engine, mmdebstrap", cells=False)
@@ -133,15 +136,26 @@ def _cells(options: argparse.Namespace) -> tuple[Cell, ...]:
 
 
 def _each(options: argparse.Namespace, report: Reporter, step: Callable[..., object]) -> int:
-    """Do a step for each selected cell; go on after a failed one, and end with the first failure's status."""
+    """Do a step for each selected cell; go on after a failed one, and end with the first failure's status.
+
+    A cell that rules exclude is a failure only where it is asked for alone.
+    """
     from . import pipeline
 
-    status = 0
-    for cell in _cells(options):
+    status, cells = 0, _cells(options)
+    for number, cell in enumerate(cells, 1):
+        if len(cells) > 1:
+            report.say(f"[{number} of {len(cells)}] {cell}", style="bold")
         try:
             step(pipeline.start(cell, _settings(options), report))
         except BrokenPipeError:
             raise
+        except ExcludedError as error:
+            if len(cells) > 1 or options.among_others:
+                report.say(f"  {error.fact}: {error.got}", style="yellow")
+            else:
+                report.fail(error)
+                status = int(error.kind)
         except Exception as error:  # noqa: BLE001  # the other cells have nothing to do with it
             problem = _problem(error)
             report.fail(problem)

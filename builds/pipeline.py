@@ -21,7 +21,7 @@ from . import plan as planning
 from . import push as pushing
 from .cache import Cache, disk_errors, locked, remove, write_atomically
 from .console import Reporter, human_size, human_time
-from .errors import BuildError, ConfigurationError, HarnessError, InfrastructureError, VerificationError
+from .errors import BuildError, ConfigurationError, ExcludedError, HarnessError, InfrastructureError, VerificationError
 from .image import Compiled
 from .matrix import Matrix
 from .model import Arch, Cell, ModuleType
@@ -33,6 +33,8 @@ from .settings import DEFAULTS, Settings, resolve
 
 PUSHED = "push.json"
 _STEPS = "steps.json"
+_FAILURE = "failure.json"
+"""Why the last session's work on a cell failed; not there if it did not."""
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# made by gardenlinux-nvidia-builds, which may empty this folder\n"
 """Content of CACHEDIR.TAG: its first line is what backup tools know, its second is ours."""
 
@@ -195,6 +197,11 @@ def push(run: Run, *, drop_builds: bool = False) -> Pushed:
     return pushed
 
 
+def image_of(run: Run) -> Image:
+    """The image that a build left of the cell."""
+    return oci.find_image(run.layout, arch=run.cell.arch)
+
+
 def summary(runs: Iterable[Run], report: Reporter) -> None:
     """Print what came of each cell: digest, size, time per step, checks passed."""
     rows, images = [], []
@@ -208,22 +215,34 @@ def summary(runs: Iterable[Run], report: Reporter) -> None:
                 human_size(image.size) if image else "",
                 "\n".join(took),
                 "\n".join(map(human_time, took.values())),
-                _checks(run, image),
+                _outcome(run, image),
             )
         )
         if image:
             images.append(f"oci:{run.layout}  {image.digest}")
-    report.table("Summary", ("cell", "digest", "size", "step", "time", "checks"), rows)
+    report.table("Summary", ("cell", "digest", "size", "step", "time", "outcome"), rows)
     for line in images:
         report.say(line)
 
 
-def _checks(run: Run, image: Image | None) -> str:
-    """What the record says of an image; a record of another image says nothing."""
+def _outcome(run: Run, image: Image | None) -> str:
+    """What came of a cell: its last failure, or what the record says of its image; of another image it says nothing."""
+    if (failure := _failure(run)) is not None:
+        told = failure["error"].partition("\n")[0].removeprefix(f"cell {run.cell}: ")
+        return told if failure["kind"] == "excluded" else f"{failure['session']} failed: {told}"
     if image is None or not (run.out / RECORD).is_file():
         return "not verified"
     record = Record.read(run.out / RECORD)
     return record.summary if record.digest == image.digest else "not verified"
+
+
+def _failure(run: Run) -> dict[str, str] | None:
+    """Why the last session's work on the cell failed."""
+    try:
+        failure: dict[str, str] = json.loads((run.out / _FAILURE).read_text())
+    except (OSError, ValueError):
+        return None
+    return failure
 
 
 def clean(settings: Settings, *, everything: bool, report: Reporter) -> None:
@@ -409,10 +428,15 @@ def phase(run: Run, name: str, again: str | None = None) -> Iterator[None]:
         locked(run.out, lambda: run.report.say(f"  waiting for another run of {run.cell}")),
         disk_errors(f"cell {run.cell}", run.out),
     ):
+        (run.out / _FAILURE).unlink(missing_ok=True)
         try:
             yield
         except HarnessError as error:
             error.repeat = error.repeat or again or f'nox -s "{name}({run.cell})"'
+            kind = "excluded" if isinstance(error, ExcludedError) else error.kind.name.lower()
+            failure = {"session": name, "kind": kind, "error": str(error)}
+            with suppress(InfrastructureError):  # the error itself is worth more
+                write_atomically(run.out / _FAILURE, json.dumps(failure, indent=1) + "\n")
             raise
         finally:
             took = {**_phases(run), name: [asdict(step) for step in run.report.steps[before:]]}
