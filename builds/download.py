@@ -19,9 +19,12 @@ from pathlib import Path
 import requests
 
 from . import http
-from .cache import CHUNK, disk_errors, file_sha256, locked, remove, write_atomically
+from .cache import disk_errors, file_sha256, locked, remove, write_atomically
 from .console import Reporter
 from .errors import BuildError, HarnessError, InfrastructureError
+
+_PIECE = 64 * 1024
+"""Bytes read at a time: what is lost of an answer that breaks off."""
 
 _PLAIN = {"Accept-Encoding": "identity"}
 """A file as it is: a server that compresses what it sends has other lengths and other offsets."""
@@ -227,7 +230,7 @@ def _complete(url: str, part: _Part, report: Reporter, absent: HarnessError, hin
         try:
             http.retrying(f"download {part.path.stem}", report.say)(once)
         except requests.RequestException as error:
-            if part.size < before + CHUNK:
+            if part.size < before + _PIECE:
                 raise _unreachable(place, error, hint) from error
             before = part.size
         else:
@@ -268,7 +271,7 @@ def _attempt(url: str, part: _Part, report: Reporter, absent: HarnessError, hint
             report.say(f"  download {part.path.stem}: goes on at {have} of {total} bytes")
         with report.bytes(f"download {part.path.stem}", total) as advance, part.path.open("ab") as file:
             advance(have)
-            for chunk in response.iter_content(CHUNK):
+            for chunk in response.iter_content(_PIECE):
                 file.write(chunk)
                 advance(len(chunk))
     if total is not None and part.size != total:

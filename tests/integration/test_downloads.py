@@ -92,11 +92,12 @@ def test_a_cut_download_is_gone_on_with(site: Site, get: Get, data: bytes) -> No
     assert whole.range is None
     assert [one.range is not None and one.if_range == '"1"' for one in rest] == [True, True]
     starts = [int(str(one.range)[6:-1]) for one in rest]
-    assert 0 < starts[0] <= 2_500_000 < starts[1] + 1_000_000 <= 4_500_000
+    assert 2_400_000 < starts[0] <= 2_500_000
+    assert 900_000 < starts[1] - starts[0] <= 1_000_000
 
 
 def test_more_cuts_than_tries_do_not_matter_as_long_as_it_goes_on(site: Site, get: Get, data: bytes) -> None:
-    site.etag, site.always_cut, site.piece = '"x"', 1_100_000, 100_000
+    site.always_cut = 300_000
     assert len(data) / site.always_cut > ours.TRIES
     assert get().path.read_bytes() == data
 
