@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     verb("build-driver", _build_driver, "compile the kernel modules")
     verb("build-image", _build_image, "pack the image from compiled modules")
     verb("build", _build, "compile and pack")
+    verb("lab-matrix", _lab_matrix, "build and verify cells in one go, and prove the rules that leave something out")
     verify = verb("verify", _verify, "prove the image right; builds first what is missing")
     verify.add_argument("--image", metavar="REF", help="an image that is there already: oci:<folder>, or in a registry")
     verify.add_argument("--cell", metavar="CELL", help="the cell of --image, where its tag does not say it")
@@ -229,6 +230,13 @@ def _build(options: argparse.Namespace, report: Reporter) -> int:
     from . import pipeline
 
     return _each(options, report, pipeline.build)
+
+
+def _lab_matrix(options: argparse.Namespace, report: Reporter) -> None:
+    from . import lab_matrix, matrix, pipeline
+
+    cells = tuple(map(matrix.find, options.cells)) or matrix.representative()
+    lab_matrix.walk([pipeline.start(cell, _settings(options), report) for cell in cells], report)
 
 
 def _verify(options: argparse.Namespace, report: Reporter) -> int:
