@@ -193,7 +193,9 @@ def _plan(options: argparse.Namespace, report: Reporter) -> int:
             rows = [
                 *(row for one in plan.sets for row in _shown(one)),
                 ("base", f"{plan.base.reference} {plan.base.digest[:19]}"),
-                ("driver package", f"{plan.package.name} {plan.package.sha256[:12]}"),
+                ("driver package", f"{plan.package.name} {plan.package.sha256[:12]} ({plan.package.checksum})"),
+                *((name, f"{one.version} {one.sha256[:12]}") for name, one in plan.components.items()),
+                *((name, f"absent by rule: {reason}") for name, reason in plan.components_absent.items()),
                 ("user space", plan.userspace[:12]),
                 ("image", plan.image[:12]),
                 *((f"tag ({tag.kind})", tag.name) for tag in plan.tags),
