@@ -38,9 +38,16 @@ class Rule:
 
     def applies(self, driver: str, kernel: str) -> bool:
         """Whether the rule is about this driver version and this upstream kernel version."""
-        return SpecifierSet(self.driver).contains(driver) and SpecifierSet(self.kernel).contains(
-            kernel, prereleases=True
-        )
+        return self.is_about(driver) and _in_range(kernel, self.kernel)
+
+    def is_about(self, driver: str) -> bool:
+        """Whether the rule is about this driver version, on some kernel or other."""
+        return _in_range(driver, self.driver)
+
+
+@functools.cache
+def _in_range(version: str, versions: str) -> bool:
+    return SpecifierSet(versions).contains(version, prereleases=True)
 
 
 class Lifecycle(enum.StrEnum):
@@ -66,14 +73,9 @@ class Release:
         """The upstream version of its kernel, such as ``6.12.44``: what exclusion rules are keyed on."""
         return self.kernel and self.kernel.partition("-")[0]
 
-    @property
-    def line(self) -> str:
-        """The line of releases that it is of, such as ``1877``: within one, no release has an older kernel."""
-        return self.gl.partition(".")[0]
-
-    def kernel_name(self, arch: Arch, flavor: Flavor) -> str | None:
+    def kernel_name(self, cell: Cell) -> str | None:
         """The kernel's expected release name, as Garden Linux makes it: the package's build is not in it."""
-        return self.upstream and f"{self.upstream}-{'cloud-' if flavor is Flavor.CLOUD else ''}{arch}"
+        return self.upstream and f"{self.upstream}-{'cloud-' if cell.flavor is Flavor.CLOUD else ''}{cell.arch}"
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Matrix:
         return {
             rule.module_type: rule.reason
             for rule in self.rules
-            if (rule.applies(cell.driver, upstream) if upstream else not rule.kernel and rule.applies(cell.driver, "0"))
+            if rule.is_about(cell.driver) and (rule.applies(cell.driver, upstream) if upstream else not rule.kernel)
         }
 
     def owns_branch(self, cell: Cell) -> bool:
@@ -139,7 +141,7 @@ class Matrix:
     def _place(self, cell: Cell) -> tuple[str, ...]:
         """What cells with one image have in common; where the kernel's name is not known, that is the release."""
         release = self.release(cell)
-        kernel = release.kernel_name(cell.arch, cell.flavor) or f"of {cell.gl}"
+        kernel = release.kernel_name(cell) or f"of {cell.gl}"
         return (cell.driver, cell.arch, cell.flavor, release.os_tag, kernel)
 
     @functools.cached_property

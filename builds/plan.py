@@ -225,7 +225,7 @@ def make(
         sets={one.id: {"modules": one.modules, "absent": one.absent, "drm": one.kernel.drm} for one in sets},
         recipe=recipes.IMAGE,
     )
-    os_tag = matrix.os_tag.format(gl=cell.gl)
+    os_tag = matrix.release(cell).os_tag
     return Plan(
         cell=cell,
         sets=sets,

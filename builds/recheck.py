@@ -91,30 +91,35 @@ def cell_of(names: Iterable[str]) -> Cell:
     tags = [name.rpartition(":")[2] for name in names]
     told = [cells for tag in tags if (cells := _cells_of(tag))]
     fitting = set.intersection(*told) if told else set()
-    if len(fitting) != 1:
+    one_image = {sibling for cell in fitting for sibling in matrix.matrix_of(cell).siblings(cell)}
+    if not any(set(matrix.matrix_of(cell).siblings(cell)) == one_image for cell in fitting):
         raise ConfigurationError(
             "image",
             "its tag does not say which cell it is of",
             got=", ".join(sorted(map(str, fitting)) or tags) or "no tag",
             hint="name the cell: -- --image … --cell <cell id>",
         )
-    return fitting.pop()
+    return max(fitting, key=matrix.order)
 
 
 def _cells_of(tag: str) -> set[Cell]:
-    """The known cells that a tag fits: by driver version, or else by branch."""
+    """The known cells that a tag fits: by driver version, or else by branch, of which the newest driver has the tag.
+
+    A cell whose kernel the matrix knows is not asked further; of others the kernel may be any.
+    """
     known = [(cell, of) for of in matrix.load_all() for cell in of.cells]
     for version in ("driver", "driver_major"):
         fitting = {
-            cell
+            cell: release.upstream
             for cell, of in known
-            if tag.startswith(f"{getattr(cell, version)}-")
-            and tag.endswith((f"-{of.os_tag.format(gl=cell.gl)}", f"-{of.alias.format(gl=cell.gl)}", _plan_key(tag)))
+            if tag.startswith(f"{getattr(cell, version)}-{(release := of.release(cell)).kernel_name(cell) or ''}")
+            and tag.endswith((f"-{release.os_tag}", f"-{of.alias.format(gl=cell.gl)}", _plan_key(tag)))
             and f"-{cell.arch}-" in tag
             and ("-cloud-" in tag) == (cell.flavor == "cloud")
+            and (version == "driver" or of.owns_branch(cell))
         }
         if fitting:
-            return fitting
+            return {cell for cell in fitting if fitting[cell]} or set(fitting)
     return set()
 
 

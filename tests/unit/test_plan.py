@@ -145,9 +145,10 @@ def test_a_kernel_of_another_name_is_left_out() -> None:
 def test_it_does_not_matter_which_of_the_cells_is_planned() -> None:
     one = make(others=(next_release(REBUILT),))
     shipped = [Shipped("1877.3", KERNEL, InputImage("kmodbuild:amd64-1877.3", "sha256:b111d")), next_release(REBUILT)]
+    sibling = replace(CELL, gl="1877.4")
     other = planning.make(
-        replace(CELL, gl="1877.4"),
-        replace(matrix.matrix_of(CELL), rules=()),
+        sibling,
+        replace(matrix.matrix_of(CELL), rules=(), cells=(CELL, sibling)),
         shipped=shipped,
         base=one.base,
         package=one.package,
