@@ -6,7 +6,9 @@ import itertools
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import nox
 
@@ -26,22 +28,39 @@ SCRIPTS = (
     ".ci/run",
 )
 nox.options.default_venv_backend = "none"
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _cells() -> tuple[list[Cell], list[Cell]]:
-    """The cells that the command line names in full, such as ``build(<cell id>)``, and those that are selected."""
+def _named() -> list[tuple[str, str]]:
+    """The sessions that the command line names with their cell, such as ``build(<cell id>)``."""
     ours = itertools.takewhile(lambda argument: argument != "--", sys.argv[1:])
-    named = [found[1] for argument in ours if (found := re.fullmatch(r"[a-z-]+\(([^()]+)\)", argument))]
+    found = (re.fullmatch(r"([a-z-]+)\(([^()]+)\)", argument) for argument in ours)
+    return [(match[1], match[2]) for match in found if match]
+
+
+def _cells(named: list[tuple[str, str]]) -> tuple[list[Cell], list[Cell]]:
+    """The cells that are named, and those that are selected."""
     try:
-        return [matrix.find(text) for text in dict.fromkeys(named)], list(matrix.select(os.environ))
+        return [matrix.find(text) for text in dict.fromkeys(text for _, text in named)], [*matrix.select(os.environ)]
     except HarnessError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(int(error.kind))
 
 
-NAMED, SELECTED = _cells()
+NAMED, SELECTED = _cells(_named())
 CELLS = list(dict.fromkeys([*SELECTED, *NAMED]))
-per_cell = nox.parametrize("cell", [nox.param(cell.id, id=cell.id) for cell in CELLS])
+LISTED_ONCE = len(CELLS) > 16 and set(sys.argv[1:]) in ({"-l"}, {"--list"})
+"""A list of many cells names each of them with one session only."""
+
+
+def _parametrize(cells: list[Cell]) -> Callable[[F], F]:
+    parameters: Callable[[F], F] = nox.parametrize("cell", [nox.param(cell.id, id=cell.id) for cell in cells])
+    return parameters
+
+
+def per_cell(session: F) -> F:
+    """One session a cell."""
+    return session if LISTED_ONCE and session.__name__ != "build" else _parametrize(CELLS)(session)
 
 
 def _builds(session: nox.Session, verb: str, *arguments: str) -> None:
@@ -64,11 +83,20 @@ def lab(session: nox.Session, cell: str) -> None:
     _builds(session, "lab", cell)
 
 
-@nox.session(default=False)
-@per_cell
-def plan(session: nox.Session, cell: str) -> None:
-    """Show what a cell depends on: inputs, kernel, keys, tags, rules. -- --json for machines."""
-    _builds(session, "plan", cell)
+if planned := [matrix.find(text) for verb, text in _named() if verb == "plan"]:
+
+    @nox.session(default=False)
+    @_parametrize(planned)
+    def plan(session: nox.Session, cell: str) -> None:
+        """Show what a cell depends on: inputs, kernel, keys, tags, rules. -- --json for machines."""
+        _builds(session, "plan", cell)
+
+else:
+
+    @nox.session(default=False)
+    def plan(session: nox.Session) -> None:
+        """Show what one cell depends on, or what becomes of many, offline. -- --json, -- --ci for machines."""
+        _builds(session, "plan", *(cell.id for cell in NAMED))
 
 
 @nox.session(name="build-driver", default=False)
@@ -123,7 +151,7 @@ def push(session: nox.Session, cell: str) -> None:
 @nox.session(default=False)
 def summary(session: nox.Session) -> None:
     """Print digest, size, times and checks of the selected cells."""
-    session.run(sys.executable, "-m", "builds", "summary", *(cell.id for cell in NAMED or SELECTED), external=True)
+    session.run(sys.executable, "-m", "builds", "summary", *(cell.id for cell in NAMED), external=True)
 
 
 def _lint(session: nox.Session) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import __version__, errors
+from . import __version__, errors, outlook
 from . import settings as configuration
 from .console import Reporter
 from .errors import ConfigurationError, ExcludedError, HarnessError, InfrastructureError
@@ -103,8 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     verb("setup", _setup, "make a Debian machine ready: container engine, mmdebstrap", cells=False)
     verb("lab", _lab, "make the inputs of lab cells from Debian's archive, anew where it has newer packages")
     verb("list", _list, "print the ids of the selected cells")
-    plan = verb("plan", _plan, "print what the selected cells depend on: inputs, kernel, keys, tags, rules")
+    plan = verb("plan", _plan, "print what one cell depends on, or what becomes of many, offline")
     plan.add_argument("--json", action="store_true", help="as JSON on standard output")
+    plan.add_argument("--offline", action="store_true", help="of one cell, too, only what becomes of it")
+    plan.add_argument(
+        "--ci",
+        nargs="?",
+        metavar="JOBS",
+        type=_jobs,
+        const=outlook.JOBS,
+        help="share the cells out among CI jobs, at most so many (%(const)s): a matrix as GitHub takes it",
+    )
     verb("build-driver", _build_driver, "compile the kernel modules")
     verb("build-image", _build_image, "pack the image from compiled modules")
     verb("build", _build, "compile and pack")
@@ -181,7 +190,36 @@ def _list(options: argparse.Namespace, _report: Reporter) -> None:
         print(cell)
 
 
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= outlook.JOBS:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to {outlook.JOBS}, got {text!r}")
+    return int(text)
+
+
 def _plan(options: argparse.Namespace, report: Reporter) -> int:
+    cells = _cells(options)
+    if len(cells) > 1 or options.offline or options.ci:
+        return _plan_offline(options, cells, report)
+    return _plan_in_depth(options, report)
+
+
+def _plan_offline(options: argparse.Namespace, cells: Sequence[Cell], report: Reporter) -> int:
+    from . import matrix
+
+    out = configuration.resolve(options=_settings(options)).out_dir
+    found = outlook.make(matrix.load_all(), cells, outlook.on_this_machine(out, cells))
+    if options.ci:
+        outlook.refuse(found.collisions)
+        print(json.dumps(outlook.ci_matrix(outlook.groups(found, options.ci))))
+    elif options.json:
+        print(json.dumps(found.to_json(), indent=1, sort_keys=True))
+    else:
+        outlook.show(found, report)
+    outlook.refuse(found.collisions)
+    return 0
+
+
+def _plan_in_depth(options: argparse.Namespace, report: Reporter) -> int:
     from . import pipeline
 
     plans = []

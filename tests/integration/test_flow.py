@@ -183,7 +183,7 @@ def _killed_in(title: str, seconds: float, command: list[str], env: dict[str, st
     [
         (["build", "550.163.02-debian12-amd64-cloud"], {}, 2, "nearest: 550.163.01-debian12-amd64-cloud"),
         (["build", "nonsense"], {}, 2, "is not in any matrix"),
-        (["list"], {"GL_VERSION": "1877.4"}, 2, "nearest: 1877.3"),
+        (["list"], {"GL_VERSION": "1877.99"}, 2, "nearest: 1877.9"),
         (["build"], {"JOBS": "many"}, 2, "JOBS"),
         (["build"], {"NVIDIA_BASE_URL": "/nonexistent"}, 2, "is not in /nonexistent"),
         (["build"], {"GL_REGISTRY": "127.0.0.1:9/nothing"}, 5, "cannot be reached"),
