@@ -184,7 +184,11 @@ def unit(session: nox.Session) -> None:
 def test(session: nox.Session) -> None:
     """Run all tests: linters, unit tests, and lab, build and verify for real."""
     _lint(session)
-    session.run(sys.executable, "-m", "pytest", "tests/unit", "tests/integration", *session.posargs, external=True)
+    # A file's tests share what they build; of two files at once, one waits for processes while the other computes.
+    workers = ("-n", "2", "--dist", "loadfile")
+    session.run(
+        *(sys.executable, "-m", "pytest", *workers, "tests/unit", "tests/integration", *session.posargs), external=True
+    )
 
 
 @nox.session(default=False)
