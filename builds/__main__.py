@@ -17,7 +17,7 @@ from . import __version__, errors
 from . import settings as configuration
 from .console import Reporter
 from .errors import ConfigurationError, HarnessError, InfrastructureError
-from .model import Cell
+from .model import Arch, Cell
 
 _EPILOG = """\
 Cells are named in full (570.172.08-1877.3-amd64-cloud) or selected by DRIVER_VERSION, GL_VERSION, TARGET_ARCH and
@@ -93,7 +93,13 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument("cells", nargs="*", metavar="CELL", help="cell ids")
         return added
 
-    verb("setup", _setup, "make a Debian machine ready: container engine, mmdebstrap", cells=False)
+    setup = verb("setup", _setup, "make a Debian machine ready: container engine, mmdebstrap, emulators", cells=False)
+    setup.add_argument(
+        "--arch",
+        action="append",
+        choices=[*map(str, Arch)],
+        help="also to run programs of this architecture; default: those that TARGET_ARCH selects",
+    )
     verb("lab", _lab, "make the inputs of lab cells from Debian's archive, anew where it has newer packages")
     verb("list", _list, "print the ids of the selected cells")
     plan = verb("plan", _plan, "print what the selected cells depend on: inputs, kernel, keys, tags, rules")
@@ -142,10 +148,11 @@ def _each(options: argparse.Namespace, report: Reporter, step: Callable[..., obj
     return status
 
 
-def _setup(_options: argparse.Namespace, report: Reporter) -> None:
-    from . import hostsetup
+def _setup(options: argparse.Namespace, report: Reporter) -> None:
+    from . import hostsetup, matrix
 
-    hostsetup.prepare(report)
+    arches = map(Arch, options.arch) if options.arch else {cell.arch for cell in matrix.select(os.environ)}
+    hostsetup.prepare(report, arches)
 
 
 def _lab(options: argparse.Namespace, report: Reporter) -> None:

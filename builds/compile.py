@@ -14,9 +14,10 @@ from . import engine as engines
 from . import oci, recipes, runfile
 from .cache import Cache, is_whole, key_of, publish
 from .console import Reporter
-from .engine import Engine
-from .errors import BuildError, InfrastructureError
-from .model import MODULES, ModuleType
+from .engine import Engine, Execution
+from .errors import BuildError
+from .kernel import Kernel
+from .model import MODULES, Arch, ModuleType
 from .plan import Inputs, Plan
 
 LOG = "build.log"
@@ -80,6 +81,28 @@ def load_kmodbuild(engine: Engine, image: oci.Image, report: Reporter) -> str:
     return name
 
 
+def way(kernel: Kernel, kmodbuild: oci.Image, engine: Engine) -> str:
+    """How modules are compiled in a kmodbuild image, in a few words.
+
+    Raises InfrastructureError where the engine does not run the image's programs, with what makes it.
+    """
+    runs_on = Arch(kmodbuild.config["architecture"])
+    how = engines.execution(engine, runs_on)
+    if how is Execution.EMULATED:
+        return f"emulated: the compiler is a program for {runs_on}, which takes some 20 times as long"
+    return f"cross-compiled by {kernel.cross}gcc on {runs_on}" if kernel.cross else "native"
+
+
+def variables(plan: Plan) -> dict[str, str]:
+    """What a build in the kmodbuild container is told of kernel and compiler, in the words of the kernel's Makefile.
+
+    The headers may say so too, but the vendor's Makefile takes for the target what ``uname -m`` says.
+    """
+    kernel = plan.kernel
+    told = {"ARCH": plan.cell.arch.kbuild, "SYSSRC": kernel.source, "SYSOUT": kernel.output}
+    return {**told, "CROSS_COMPILE": kernel.cross} if kernel.cross else told
+
+
 def _compile(
     plan: Plan,
     inputs: Inputs,
@@ -92,14 +115,7 @@ def _compile(
     report: Reporter,
 ) -> None:
     repeat = f'nox -s "build-driver({plan.cell})"'
-    if not engines.native(engine, plan.cell.arch):
-        raise InfrastructureError(
-            f"cell {plan.cell}",
-            f"its compiler runs on {plan.cell.arch}",
-            got=f"an engine for {engine.arch}",
-            hint="let DOCKER_HOST name an engine of that architecture",
-            repeat=repeat,
-        )
+    report.say(f"  {module_type}: {way(plan.kernel, inputs.kmodbuild, engine)}")
     sources = driver_tree(plan, inputs, cache, report) / module_type.source_folder
     if not (sources / "Makefile").is_file():
         raise BuildError(
@@ -114,10 +130,9 @@ def _compile(
     log.write_text(f"# {plan.cell} {module_type}; repeat: {repeat}\n")
     conftest = _conftest_key(plan, sources)
     environment = {
+        **variables(plan),
         "FOLDER": module_type.source_folder,
         "JOBS": str(jobs),
-        "SYSSRC": plan.kernel.source,
-        "SYSOUT": plan.kernel.output,
         "KERNEL": plan.kernel.build.release,
         "MODULES": " ".join(MODULES),
     }

@@ -109,7 +109,7 @@ def resolve(cell: Cell, matrix: Matrix, settings: Settings, cache: Cache, report
     base_gl = matrix.base[cell.arch]
     kmodbuild_ref = f"{settings.gl_registry}/kmodbuild:{cell.arch}-{cell.gl}"
     base_ref = f"{settings.gl_registry}:{base_gl}"
-    kmodbuild = sources.image(kmodbuild_ref, cell.arch, cache, report)
+    kmodbuild = sources.kmodbuild(kmodbuild_ref, cell.arch, cache, report)
     base = sources.image(base_ref, cell.arch, cache, report)
     package = sources.driver_package(
         settings.nvidia_base_url, cell.driver, cell.arch, matrix.pins.get((cell.driver, cell.arch)), cache, report
@@ -157,8 +157,7 @@ def make(
     image = key_of(
         base=base.digest, userspace=userspace, modules=modules, absent=absent, drm=kernel.drm, recipe=recipes.IMAGE
     )
-    names = {"gl": cell.gl}
-    os_tag = matrix.os_tag.format(**names)
+    os_tag = matrix.os_tag_of(cell)
     return Plan(
         cell=cell,
         kernel=kernel,
@@ -176,7 +175,7 @@ def make(
             cell,
             kernel.build.release,
             os_tag=os_tag,
-            alias=matrix.alias.format(**names),
+            alias=matrix.alias.format(gl=cell.gl),
             owns_branch=matrix.owns_branch(cell),
             key=image,
         ),

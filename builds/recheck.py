@@ -91,6 +91,8 @@ def cell_of(names: Iterable[str]) -> Cell:
     tags = [name.rpartition(":")[2] for name in names]
     told = [cells for tag in tags if (cells := _cells_of(tag))]
     fitting = set.intersection(*told) if told else set()
+    if len(fitting) > 1:  # releases whose nodes have the same OS tag: one may have it as its own name
+        fitting = {cell for cell in fitting if any(tag.endswith(f"-{_alias(cell)}") for tag in tags)} or fitting
     if len(fitting) != 1:
         raise ConfigurationError(
             "image",
@@ -101,6 +103,10 @@ def cell_of(names: Iterable[str]) -> Cell:
     return fitting.pop()
 
 
+def _alias(cell: Cell) -> str:
+    return matrix.matrix_of(cell).alias.format(gl=cell.gl)
+
+
 def _cells_of(tag: str) -> set[Cell]:
     """The known cells that a tag fits: by driver version, or else by branch."""
     known = [(cell, of) for of in matrix.load_all() for cell in of.cells]
@@ -109,7 +115,7 @@ def _cells_of(tag: str) -> set[Cell]:
             cell
             for cell, of in known
             if tag.startswith(f"{getattr(cell, version)}-")
-            and tag.endswith((f"-{of.os_tag.format(gl=cell.gl)}", f"-{of.alias.format(gl=cell.gl)}", _plan_key(tag)))
+            and tag.endswith((f"-{of.os_tag_of(cell)}", f"-{_alias(cell)}", _plan_key(tag)))
             and f"-{cell.arch}-" in tag
             and ("-cloud-" in tag) == (cell.flavor == "cloud")
         }

@@ -233,24 +233,21 @@ def reference_module(
     """
 
     def build(folder: Path) -> None:
-        if engine is None or not engines.native(engine, plan.cell.arch):
-            raise InfrastructureError(
-                "reference module",
-                f"needs a container engine for {plan.cell.arch}",
-                got=engine.arch if engine else None,
-            )
+        if engine is None:
+            raise InfrastructureError("reference module", "needs a container engine", got="none that answers")
+        way = compiling.way(plan.kernel, inputs.kmodbuild, engine)
         with report.step("compile reference module") as step:
             image = compiling.load_kmodbuild(engine, inputs.kmodbuild, report)
             log = folder / "build.log"
             command = ["/bin/sh", "/src/compile.sh"]
-            with engines.container(engine, image, command, environment={"SYSOUT": plan.kernel.output}) as made:
+            with engines.container(engine, image, command, environment=compiling.variables(plan)) as made:
                 for name, text in _EMPTY_MODULE.items():
                     engines.put_file(made, f"/src/{name}", text.encode())
                 if status := engines.run(made, log):
                     got = compiling.first_error(log.read_text(errors="replace"))
                     raise BuildError("reference module", f"the build ended with status {status}", got=got)
                 engines.get_tree(made, "/out", folder)
-            step.note(plan.kernel.build.release)
+            step.note(f"{plan.kernel.build.release}, {way}")
 
     key = key_of(
         kernel=asdict(plan.kernel.build), output=plan.kernel.output, compiler=plan.kernel.compiler, source=_EMPTY_MODULE

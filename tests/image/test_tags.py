@@ -87,9 +87,10 @@ def _is_lab(plan: Plan) -> bool:
 def _operator(version: str, plan: Plan) -> str:
     """``<driver.version>-<uname -r>-<ID><VERSION_ID>``, verbatim (operator contract, rows 1 to 3).
 
-    With our Helm values a Garden Linux node has ``VERSION_ID=0``; a Debian node has ``ID=debian`` and its number.
+    With our Helm values a Garden Linux node has ``VERSION_ID=0``; a Debian node has ``ID=debian`` and its number, also
+    where its kernel is a backport.
     """
-    system = plan.cell.gl if _is_lab(plan) else "gardenlinux0"
+    system = plan.cell.gl.partition(".")[0] if _is_lab(plan) else "gardenlinux0"
     return f"{version}-{plan.kernel.build.release}-{system}"
 
 
