@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from . import __version__, errors, outlook
 from . import settings as configuration
 from .console import Reporter
-from .errors import ConfigurationError, HarnessError, InfrastructureError
+from .errors import ConfigurationError, ExcludedError, HarnessError, InfrastructureError
 from .model import Cell
 
 if TYPE_CHECKING:
@@ -95,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument(flag, metavar="VALUE", help=f"{row.help} [{row.variable}]".replace("%", "%%"))
         if cells:
             added.add_argument("cells", nargs="*", metavar="CELL", help="cell ids")
+            added.add_argument(
+                "--among-others", action="store_true", help="the cells are some of many: excluded ones are no failure"
+            )
         return added
 
     verb("setup", _setup, "make a Debian machine ready: container engine, mmdebstrap", cells=False)
@@ -118,7 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--image", metavar="REF", help="an image that is there already: oci:<folder>, or in a registry")
     verify.add_argument("--cell", metavar="CELL", help="the cell of --image, where its tag does not say it")
     verify.add_argument("--record", metavar="FILE", help="repeat what a record tells of, and show what differs")
-    verb("push", _push, "put verified images into the repository that IMAGE_PATH names, byte for byte")
+    push = verb("push", _push, "put verified images into the repository that IMAGE_PATH names, byte for byte")
+    push.add_argument(
+        "--drop-builds", action="store_true", help="let tags lose kernel builds that their images have modules for"
+    )
     verb("summary", _summary, "print digest, size, times and checks of the selected cells")
     clean = verb("clean", _clean, "empty the output folder", cells=False)
     clean.add_argument("--all", action="store_true", help="empty the cache as well")
@@ -139,15 +145,26 @@ def _cells(options: argparse.Namespace) -> tuple[Cell, ...]:
 
 
 def _each(options: argparse.Namespace, report: Reporter, step: Callable[..., object]) -> int:
-    """Do a step for each selected cell; go on after a failed one, and end with the first failure's status."""
+    """Do a step for each selected cell; go on after a failed one, and end with the first failure's status.
+
+    A cell that rules exclude is a failure only where it is asked for alone.
+    """
     from . import pipeline
 
-    status = 0
-    for cell in _cells(options):
+    status, cells = 0, _cells(options)
+    for number, cell in enumerate(cells, 1):
+        if len(cells) > 1:
+            report.say(f"[{number} of {len(cells)}] {cell}", style="bold")
         try:
             step(pipeline.start(cell, _settings(options), report))
         except BrokenPipeError:
             raise
+        except ExcludedError as error:
+            if len(cells) > 1 or options.among_others:
+                report.say(f"  {error.fact}: {error.got}", style="yellow")
+            else:
+                report.fail(error)
+                status = int(error.kind)
         except Exception as error:  # noqa: BLE001  # the other cells have nothing to do with it
             problem = _problem(error)
             report.fail(problem)
@@ -278,7 +295,7 @@ def _verify(options: argparse.Namespace, report: Reporter) -> int:
 def _push(options: argparse.Namespace, report: Reporter) -> int:
     from . import pipeline
 
-    return _each(options, report, pipeline.push)
+    return _each(options, report, lambda run: pipeline.push(run, drop_builds=options.drop_builds))
 
 
 def _summary(options: argparse.Namespace, report: Reporter) -> None:

@@ -35,7 +35,7 @@ def labels(plan: Plan) -> dict[str, str]:
 
     Not the Garden Linux release: an image depends on the kernel build, whichever release ships it.
     """
-    builds = [one.kernel.build for one in plan.sets]
+    builds = sorted((one.kernel.build for one in plan.sets), key=lambda build: (build.package, build.digest))
     return {
         "org.opencontainers.image.title": "NVIDIA driver",
         "org.opencontainers.image.description": (
@@ -47,8 +47,8 @@ def labels(plan: Plan) -> dict[str, str]:
         "org.opencontainers.image.base.digest": plan.base.digest,
         f"{PREFIX}.driver-version": plan.cell.driver,
         f"{PREFIX}.kernel": plan.kernel_release,
-        f"{PREFIX}.kernel-build": ",".join(sorted(build.digest for build in builds)),
-        f"{PREFIX}.kernel-package": ",".join(sorted(build.package for build in builds)),
+        f"{PREFIX}.kernel-build": ",".join(build.digest for build in builds),
+        f"{PREFIX}.kernel-package": ",".join(build.package for build in builds),
         f"{PREFIX}.module-types": ",".join(plan.types),
         f"{PREFIX}.plan-key": plan.image,
     }

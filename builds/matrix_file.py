@@ -263,7 +263,9 @@ def _named_drivers(document: Mapping[str, Any]) -> Iterator[tuple[_Path, str]]:
     if isinstance(gvisor, dict):
         named += [(("gvisor", branch), version) for branch, version in gvisor.items()]
     for number, release in _entries(document.get("releases")):
-        named += [(("releases", number, "drivers", place), version) for place, version in _items(release.get("drivers"))]
+        named += [
+            (("releases", number, "drivers", place), version) for place, version in _items(release.get("drivers"))
+        ]
     yield from ((path, version) for path, version in named if isinstance(version, str) and version)
 
 

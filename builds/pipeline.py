@@ -21,7 +21,7 @@ from . import plan as planning
 from . import push as pushing
 from .cache import Cache, disk_errors, locked, remove, write_atomically
 from .console import Reporter, human_size, human_time
-from .errors import BuildError, ConfigurationError, HarnessError, InfrastructureError, VerificationError
+from .errors import BuildError, ConfigurationError, ExcludedError, HarnessError, InfrastructureError, VerificationError
 from .image import Compiled
 from .matrix import Matrix
 from .model import Arch, Cell, ModuleType
@@ -33,6 +33,8 @@ from .settings import DEFAULTS, Settings, resolve
 
 PUSHED = "push.json"
 _STEPS = "steps.json"
+_FAILURE = "failure.json"
+"""Why the last session's work on a cell failed; not there if it did not."""
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# made by gardenlinux-nvidia-builds, which may empty this folder\n"
 """Content of CACHEDIR.TAG: its first line is what backup tools know, its second is ours."""
 
@@ -154,12 +156,13 @@ def verify_cell(run: Run) -> Record:
         return verify_built(run, run.out, repeat_line(run.cell))
 
 
-def push(run: Run) -> Pushed:
+def push(run: Run, *, drop_builds: bool = False) -> Pushed:
     """Put the cell's image into the repository that IMAGE_PATH names, if its record lets it; leaves ``push.json``.
 
     Needs ``out/<cell>/image`` and ``record.json`` and nothing else, so it can be done elsewhere than the build.
-    Raises VerificationError where the image is not verified, or the repository has another under its immutable tag,
-    ConfigurationError where a lab cell would go among Garden Linux's.
+    Raises VerificationError where the image is not verified, the repository has another under its immutable tag, or a
+    tag would lose a kernel build (unless ``drop_builds``), ConfigurationError where a lab cell would go among Garden
+    Linux's.
     """
     with phase(run, "push"):
         verify_it = repeat_line(run.cell)
@@ -187,10 +190,16 @@ def push(run: Run) -> Pushed:
                 f"cell {run.cell}", "is not pushed: its record is another cell's", got=str(made.cell), hint=verify_it
             )
         place = registry.Reference.parse(f"{run.settings.image_path}@{image.digest}")
-        pushed = pushing.run(image, made.tags, registry.connect(place.registry, place.repository, run.report))
+        repository = registry.connect(place.registry, place.repository, run.report)
+        pushed = pushing.run(image, made.tags, repository, drop_builds=drop_builds)
         write_atomically(run.out / PUSHED, json.dumps(pushed.to_json(), indent=1) + "\n")
         pushing.show(pushed, run.report)
     return pushed
+
+
+def image_of(run: Run) -> Image:
+    """The image that a build left of the cell."""
+    return oci.find_image(run.layout, arch=run.cell.arch)
 
 
 def summary(runs: Iterable[Run], report: Reporter) -> None:
@@ -206,22 +215,34 @@ def summary(runs: Iterable[Run], report: Reporter) -> None:
                 human_size(image.size) if image else "",
                 "\n".join(took),
                 "\n".join(map(human_time, took.values())),
-                _checks(run, image),
+                _outcome(run, image),
             )
         )
         if image:
             images.append(f"oci:{run.layout}  {image.digest}")
-    report.table("Summary", ("cell", "digest", "size", "step", "time", "checks"), rows)
+    report.table("Summary", ("cell", "digest", "size", "step", "time", "outcome"), rows)
     for line in images:
         report.say(line)
 
 
-def _checks(run: Run, image: Image | None) -> str:
-    """What the record says of an image; a record of another image says nothing."""
+def _outcome(run: Run, image: Image | None) -> str:
+    """What came of a cell: its last failure, or what the record says of its image; of another image it says nothing."""
+    if (failure := _failure(run)) is not None:
+        told = failure["error"].partition("\n")[0].removeprefix(f"cell {run.cell}: ")
+        return told if failure["kind"] == "excluded" else f"{failure['session']} failed: {told}"
     if image is None or not (run.out / RECORD).is_file():
         return "not verified"
     record = Record.read(run.out / RECORD)
     return record.summary if record.digest == image.digest else "not verified"
+
+
+def _failure(run: Run) -> dict[str, str] | None:
+    """Why the last session's work on the cell failed."""
+    try:
+        failure: dict[str, str] = json.loads((run.out / _FAILURE).read_text())
+    except (OSError, ValueError):
+        return None
+    return failure
 
 
 def clean(settings: Settings, *, everything: bool, report: Reporter) -> None:
@@ -404,10 +425,15 @@ def phase(run: Run, name: str, again: str | None = None) -> Iterator[None]:
         locked(run.out, lambda: run.report.say(f"  waiting for another run of {run.cell}")),
         disk_errors(f"cell {run.cell}", run.out),
     ):
+        (run.out / _FAILURE).unlink(missing_ok=True)
         try:
             yield
         except HarnessError as error:
             error.repeat = error.repeat or again or f'nox -s "{name}({run.cell})"'
+            kind = "excluded" if isinstance(error, ExcludedError) else error.kind.name.lower()
+            failure = {"session": name, "kind": kind, "error": str(error)}
+            with suppress(InfrastructureError):  # the error itself is worth more
+                write_atomically(run.out / _FAILURE, json.dumps(failure, indent=1) + "\n")
             raise
         finally:
             took = {**_phases(run), name: [asdict(step) for step in run.report.steps[before:]]}

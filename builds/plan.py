@@ -15,7 +15,7 @@ from . import kernel as kernels
 from . import oci, recipes, sources, tags
 from .cache import Cache, key_of
 from .console import Reporter
-from .errors import ConfigurationError
+from .errors import ConfigurationError, ExcludedError
 from .kernel import Kernel
 from .matrix import Matrix
 from .model import Cell, ModuleType
@@ -159,7 +159,7 @@ class Inputs:
 def resolve(cell: Cell, matrix: Matrix, settings: Settings, cache: Cache, report: Reporter) -> tuple[Plan, Inputs]:
     """Resolve a cell's inputs and plan it, together with the cells whose image is the same.
 
-    Raises ConfigurationError where rules exclude the whole cell.
+    Raises ExcludedError where rules exclude the whole cell.
     """
     base_ref = f"{settings.gl_registry}:{matrix.base[cell.arch]}"
     base = sources.image(base_ref, cell.arch, cache, report)
@@ -211,13 +211,13 @@ def make(
     """Plan a cell whose inputs are known: rules, keys, tags.
 
     ``shipped`` are the kernels of the cell's own release and of others, oldest release first; those that do not have
-    its name are left out. Raises ConfigurationError for an excluded cell.
+    its name are left out. Raises ExcludedError for a cell of which nothing is left.
     """
     release = next(one.kernel.build.release for one in shipped if one.gl == cell.gl)
     sets = _sets(cell, matrix, [one for one in shipped if one.kernel.build.release == release], package)
     if not any(one.modules for one in sets):
         reasons = {f"{name}: {reason}" for one in sets for name, reason in one.absent.items()}
-        raise ConfigurationError(f"cell {cell}", "is excluded by rules", got="; ".join(sorted(reasons)))
+        raise ExcludedError(f"cell {cell}", "is excluded by rules", got="; ".join(sorted(reasons)))
     userspace = key_of(package=package.sha256, arch=cell.arch, recipe=recipes.USER_SPACE)
     image = key_of(
         base=base.digest,

@@ -184,6 +184,32 @@ def fetch_manifest(repository: Repository, name: str) -> bytes:
     return data
 
 
+def config_of(repository: Repository, digest: str) -> dict[str, Any] | None:
+    """The config of the image of a digest; None where the digest is none of a single image with one.
+
+    Raises BuildError where the registry sends other bytes than their digests promise.
+    """
+    try:
+        blob = Descriptor.from_json(json.loads(fetch_manifest(repository, digest))["config"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    if blob.size > _MANIFEST_LIMIT:
+        return None
+    data = bytearray()
+
+    def read() -> str:
+        data.clear()
+        return _read(repository, blob, f"read {blob.digest[7:19]}", data.extend)
+
+    if (found := _again(repository, f"GET blobs/{blob.digest}", read)) != blob.digest:
+        raise BuildError(str(repository), f"the registry sent other bytes for {blob.digest}", got=found)
+    try:
+        config = json.loads(data)
+    except ValueError:
+        return None
+    return config if isinstance(config, dict) else None
+
+
 def has_blob(repository: Repository, blob: Descriptor) -> bool:
     """Whether the repository has a blob, of the right size."""
     response = _ask(repository, "HEAD", f"blobs/{blob.digest}", expect=(200, 404))

@@ -199,7 +199,7 @@ class Found:
     image: oci.Image
     rootfs: RootFs
     expected: Expected
-    _modules: dict[ModuleRef, Module | BuildError] = field(default_factory=dict)
+    _modules: dict[str, Module | BuildError] = field(default_factory=dict)
     _elves: dict[str, Elf] = field(default_factory=dict)
 
     def file(self, path: str) -> Node:
@@ -211,13 +211,13 @@ class Found:
 
     def module(self, ref: ModuleRef) -> Module:
         """A module, read once. Raises BuildError where it is missing or damaged, each time."""
-        if ref not in self._modules:
+        if ref.path not in self._modules:
             try:
                 data = self.file(ref.path).read()
-                self._modules[ref] = kmod.read_module(f"{ref.name}.ko", data)
+                self._modules[ref.path] = kmod.read_module(f"{ref.name}.ko", data)
             except BuildError as error:
-                self._modules[ref] = error
-        module = self._modules[ref]
+                self._modules[ref.path] = error
+        module = self._modules[ref.path]
         if isinstance(module, BuildError):
             raise module
         return module

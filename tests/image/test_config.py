@@ -104,13 +104,13 @@ def test_userland(name: str, found: Found, compare: Compare) -> None:
 @pytest.mark.parametrize("label", _LABELS)
 def test_labels(label: str, found: Found, expected: Expected, compare: Compare) -> None:
     plan = expected.plan
-    builds = [one.kernel.build for one in plan.sets]
+    builds = sorted((one.kernel.build for one in plan.sets), key=lambda build: (build.package, build.digest))
     wanted = _LABELS[label].format(
         plan=plan,
         driver=plan.cell.driver,
         kernel=builds[0].release,
-        digests=",".join(sorted(build.digest for build in builds)),
-        packages=",".join(sorted(build.package for build in builds)),
+        digests=",".join(build.digest for build in builds),
+        packages=",".join(build.package for build in builds),
         types=",".join(sorted({kind for one in plan.sets for kind in one.modules})),
     )
     compare(_labels(found).get(label), wanted)

@@ -143,18 +143,25 @@ def test_a_kernel_of_another_name_is_left_out() -> None:
 
 
 def test_it_does_not_matter_which_of_the_cells_is_planned() -> None:
-    one = make(others=(next_release(REBUILT),))
-    shipped = [Shipped("1877.3", KERNEL, InputImage("kmodbuild:amd64-1877.3", "sha256:b111d")), next_release(REBUILT)]
-    sibling = replace(CELL, gl="1877.4")
-    other = planning.make(
-        sibling,
-        replace(matrix.matrix_of(CELL), rules=(), cells=(CELL, sibling)),
-        shipped=shipped,
-        base=one.base,
-        package=one.package,
-        image_path=one.image_path,
-    )
-    assert replace(other, cell=CELL) == one
+    """1877.8 and 1877.9 ship two builds of one kernel name."""
+    shipped = [
+        Shipped(gl, kernel, InputImage(f"kmodbuild:amd64-{gl}", f"sha256:{gl}"))
+        for gl, kernel in (("1877.8", KERNEL), ("1877.9", REBUILT))
+    ]
+    cells = matrix.matrix_of(CELL).siblings(Cell.parse("570.211.01-1877.9-amd64-cloud"))
+    assert [cell.gl for cell in cells] == ["1877.8", "1877.9"]
+    plans = [
+        planning.make(
+            cell,
+            matrix.matrix_of(cell),
+            shipped=shipped,
+            base=make().base,
+            package=make().package,
+            image_path="registry/driver",
+        )
+        for cell in cells
+    ]
+    assert replace(plans[1], cell=cells[0]) == plans[0]
 
 
 def test_a_plan_survives_json() -> None:
@@ -187,6 +194,16 @@ def test_the_config_starts_the_installer_and_finds_the_libraries_of_its_architec
 )
 def test_a_tag_tells_its_cell(tag: str) -> None:
     assert recheck.cell_of([tag]) == CELL
+
+
+def test_a_tag_of_a_kernel_that_nobody_expected_tells_its_cell_by_what_is_left() -> None:
+    assert recheck.cell_of(["driver:570-6.1.0-50-cloud-amd64-gardenlinux1877.3"]).gl == "1877.3"
+
+
+def test_tags_of_releases_that_share_an_image_tell_the_oldest() -> None:
+    aliases = [f"driver:570-6.12.60-cloud-amd64-gardenlinux1877.{patch}" for patch in (8, 9)]
+    assert recheck.cell_of(aliases).gl == "1877.8"
+    assert recheck.cell_of(["driver:570-6.12.60-cloud-amd64-gardenlinux0"]).gl == "1877.8"
 
 
 def test_all_tags_together_tell_the_cell_where_one_alone_does_not() -> None:
