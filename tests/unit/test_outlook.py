@@ -395,6 +395,41 @@ def test_a_plan_in_json_is_one_document(capsys: pytest.CaptureFixture[str], else
     ]
 
 
+def test_a_table_says_which_other_releases_an_image_is_for_and_why_something_is_absent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "a.yaml").write_text(TEXT)
+    monkeypatch.setattr(matrix, "FILES", (tmp_path / "a.yaml",))
+    names = ("570.211.01-1.10", "570.211.01-1.14", "470.1.0-1.13", "570.211.01-2.0")
+    assert cli.main(["plan", *(cell.id for cell in cells(*names))]) == 0
+    said = capsys.readouterr().err
+    rows = {tuple(part.strip() for part in line.split("│")[1:-1]) for line in said.splitlines() if line.startswith("│")}
+    assert rows == {
+        ("470.1.0", "6.12.70-cloud-amd64", "amd64 cloud", "1.13", "build", "open absent [1]"),
+        (
+            "570.211.01",
+            "6.12.60-cloud-amd64",
+            "amd64 cloud",
+            "1.10",
+            "build",
+            "2 module sets [2]; also that of 1.8, 1.9",
+        ),
+        (
+            "570.211.01",
+            "6.12.71-cloud-amd64",
+            "amd64 cloud",
+            "1.14",
+            "excluded",
+            "open absent [3]; proprietary absent [4]",
+        ),
+        ("570.211.01", "", "amd64 cloud", "2.0", "unknown until resolved", "rules [5]"),
+    }
+    assert "[1] no open modules in this branch\n" in said
+    assert "[2] builds of one kernel name, a module set each: 6.12.60-3gl0 (1.8), 6.12.60-3gl2 (1.9, 1.10)\n" in said
+    assert "[5] open and proprietary absent if the kernel is >=6.12.71\n" in said
+    assert "cells: 4 = 2 build + 0 reused + 0 joined + 1 excluded + 1 unknown until resolved\n" in said
+
+
 def test_one_cell_offline(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--offline", "--json", "570.172.08-1877.3-amd64-cloud"]) == 0
     (image,) = json.loads(capsys.readouterr().out)["images"]
