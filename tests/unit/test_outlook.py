@@ -332,6 +332,11 @@ def test_a_cell_of_unknown_kernel_goes_with_its_neighbours(tmp_path: Path) -> No
     assert jobs == [["1.8", "1.9", "1.10"], ["1.11", "1.12", "1.13"], ["2.0"]]
 
 
+def test_of_jobs_with_as_much_work_the_one_that_has_the_driver_package_gets_more(tmp_path: Path) -> None:
+    found = plan(read(tmp_path), "570.172.08-1.11", "570.211.01-1.11", "570.211.01-1.13")
+    assert [len({cell.driver for cell in job}) for job in outlook.groups(found, 2)] == [1, 1]
+
+
 def test_excluded_cells_have_no_job(tmp_path: Path) -> None:
     assert outlook.groups(plan(read(tmp_path), "570.211.01-1.14")) == ()
 
