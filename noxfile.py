@@ -135,6 +135,12 @@ def verify(session: nox.Session, cell: str) -> None:
         _builds(session, "verify", *([cell] if NAMED else []))
 
 
+@nox.session(name="lab-matrix", default=False)
+def lab_matrix(session: nox.Session) -> None:
+    """Build and verify the lab's representative cells, and prove its rules; half an hour. -- CELL… for others."""
+    session.run(sys.executable, "-m", "builds", "lab-matrix", *session.posargs, external=True)
+
+
 @nox.session(default=False)
 @per_cell
 def push(session: nox.Session, cell: str) -> None:
@@ -178,7 +184,11 @@ def unit(session: nox.Session) -> None:
 def test(session: nox.Session) -> None:
     """Run all tests: linters, unit tests, and lab, build and verify for real."""
     _lint(session)
-    session.run(sys.executable, "-m", "pytest", "tests/unit", "tests/integration", *session.posargs, external=True)
+    # A file's tests share what they build; of two files at once, one waits for processes while the other computes.
+    workers = ("-n", "2", "--dist", "loadfile")
+    session.run(
+        *(sys.executable, "-m", "pytest", *workers, "tests/unit", "tests/integration", *session.posargs), external=True
+    )
 
 
 @nox.session(default=False)

@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     verb("build-driver", _build_driver, "compile the kernel modules")
     verb("build-image", _build_image, "pack the image from compiled modules")
     verb("build", _build, "compile and pack")
+    verb("lab-matrix", _lab_matrix, "build and verify cells in one go, and prove the rules that leave something out")
     verify = verb("verify", _verify, "prove the image right; builds first what is missing")
     verify.add_argument("--image", metavar="REF", help="an image that is there already: oci:<folder>, or in a registry")
     verify.add_argument("--cell", metavar="CELL", help="the cell of --image, where its tag does not say it")
@@ -230,7 +231,9 @@ def _plan_in_depth(options: argparse.Namespace, report: Reporter) -> int:
             rows = [
                 *(row for one in plan.sets for row in _shown(one)),
                 ("base", f"{plan.base.reference} {plan.base.digest[:19]}"),
-                ("driver package", f"{plan.package.name} {plan.package.sha256[:12]}"),
+                ("driver package", f"{plan.package.name} {plan.package.sha256[:12]} ({plan.package.checksum})"),
+                *((name, f"{one.version} {one.sha256[:12]}") for name, one in plan.components.items()),
+                *((name, f"absent by rule: {reason}") for name, reason in plan.components_absent.items()),
                 ("user space", plan.userspace[:12]),
                 ("image", plan.image[:12]),
                 *((f"tag ({tag.kind})", tag.name) for tag in plan.tags),
@@ -267,6 +270,13 @@ def _build(options: argparse.Namespace, report: Reporter) -> int:
     from . import pipeline
 
     return _each(options, report, pipeline.build)
+
+
+def _lab_matrix(options: argparse.Namespace, report: Reporter) -> None:
+    from . import lab_matrix, matrix, pipeline
+
+    cells = tuple(map(matrix.find, options.cells)) or matrix.representative()
+    lab_matrix.walk([pipeline.start(cell, _settings(options), report) for cell in cells], report)
 
 
 def _verify(options: argparse.Namespace, report: Reporter) -> int:

@@ -96,6 +96,8 @@ class Matrix:
     cells: tuple[Cell, ...]
     rules: tuple[Rule, ...]
     default: Cell | None
+    representative: tuple[Cell, ...]
+    """Cells that stand for all: one of every kind that differs in how it is built."""
 
     def __contains__(self, cell: Cell) -> bool:
         return cell in self._cells
@@ -204,6 +206,7 @@ def load(path: Path) -> Matrix:
             for rule in document.get("exclude", [])
         ),
         default=Cell.parse(document["default"]) if "default" in document else None,
+        representative=tuple(map(Cell.parse, document.get("representative", ()))),
     )
 
 
@@ -218,6 +221,11 @@ def matrix_of(cell: Cell) -> Matrix:
         if cell in matrix:
             return matrix
     raise unknown("cell", cell.id, (known.id for matrix in load_all() for known in matrix.cells))
+
+
+def representative() -> tuple[Cell, ...]:
+    """The cells that stand for all of the matrices."""
+    return tuple(cell for matrix in load_all() for cell in matrix.representative)
 
 
 def find(text: str) -> Cell:

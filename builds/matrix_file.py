@@ -251,9 +251,10 @@ def _meaning(document: Any, lines: Mapping[_Path, int]) -> Iterator[_Problem]:
             yield path, f"is not one of the drivers: {version}"
         elif path[0] == "gvisor" and str(path[1]).isdecimal() and version.partition(".")[0] != path[1]:
             yield path, f"is not of this branch: {version}"
-    known = [cell.id for cell in cells(document)]
-    if known and isinstance(default, str) and default not in known:
-        yield ("default",), f"is not a cell of this file: {default}"
+    known = {cell.id for cell in cells(document)}
+    named: list[tuple[_Path, str]] = [(("default",), default)] if isinstance(default, str) else []
+    named += [(("representative", place), text) for place, text in _texts(document.get("representative"))]
+    yield from ((path, f"is not a cell of this file: {text}") for path, text in named if known and text not in known)
 
 
 def _named_drivers(document: Mapping[str, Any]) -> Iterator[tuple[_Path, str]]:

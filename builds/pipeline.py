@@ -289,6 +289,9 @@ def _planned(run: Run) -> tuple[Plan, Inputs]:
     for one in made.sets:
         for module_type, reason in one.absent.items():
             run.report.say(f"  {module_type}: absent by rule: {reason}", style="yellow")
+    for reason in dict.fromkeys(made.components_absent.values()):
+        names = ", ".join(name for name, why in made.components_absent.items() if why == reason)
+        run.report.say(f"  {names}: absent by rule: {reason}", style="yellow")
     if len(made.sets) > 1:
         builds = ", ".join(f"{one.kernel.build.package} ({', '.join(one.releases)})" for one in made.sets)
         run.report.say(f"  {made.kernel_release} has several builds, one module set each: {builds}")
@@ -354,7 +357,7 @@ def _each_type(made: Plan) -> Iterator[tuple[ModuleSet, ModuleType, str]]:
 def _pack(run: Run, made: Plan, inputs: Inputs) -> Image:
     """Write the image, from modules that are in the cache."""
     tree = compiling.driver_tree(made, inputs, run.cache, run.report)
-    packed = userspace.layer(made, tree, run.cache, run.report)
+    packed = userspace.layer(made, inputs, tree, run.cache, run.report)
     return packing.assemble(made, inputs.base, packed, compiled(run, made), run.layout, run.cache, run.report)
 
 

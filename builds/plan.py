@@ -7,10 +7,11 @@ a path or the name of a release. The image depends on the kernel build, not on t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import components as extras
 from . import kernel as kernels
 from . import oci, recipes, sources, tags
 from .cache import Cache, key_of
@@ -20,6 +21,7 @@ from .kernel import Kernel
 from .matrix import Matrix
 from .model import Cell, ModuleType
 from .settings import Settings
+from .sources import Checksum
 from .tags import Tag, TagKind
 
 
@@ -37,6 +39,24 @@ class InputPackage:
 
     name: str
     sha256: str
+    size: int
+    """In bytes."""
+    checksum: Checksum = Checksum.OWN
+    """Who says that it has to have these bytes."""
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> InputPackage:
+        """Read a package back."""
+        return cls(**{**document, "checksum": Checksum(document["checksum"])})
+
+
+@dataclass(frozen=True)
+class InputComponent:
+    """A component that a cell is made from besides the driver package."""
+
+    version: str
+    sha256: str
+    """Of its archive."""
     size: int
     """In bytes."""
 
@@ -100,6 +120,10 @@ class Plan:
     addressable: bool
     """Whether the GPU Operator can compute the image's tag."""
     tags: tuple[Tag, ...]
+    components: Mapping[str, InputComponent] = field(default_factory=dict)
+    """Fabric manager and the like, by name."""
+    components_absent: Mapping[str, str] = field(default_factory=dict)
+    """Reason why a component is not there: what its source, or the setting, says."""
 
     @property
     def kernel_release(self) -> str:
@@ -127,13 +151,15 @@ class Plan:
             cell=Cell.parse(document["id"]),
             sets=tuple(map(ModuleSet.from_json, document["sets"])),
             base=InputImage(**document["base"]),
-            package=InputPackage(**document["package"]),
+            package=InputPackage.from_json(document["package"]),
             userspace=document["userspace"],
             image=document["image"],
             image_path=document["image_path"],
             os_tag=document["os_tag"],
             addressable=document["addressable"],
             tags=tuple(Tag(TagKind(tag["kind"]), tag["name"]) for tag in document["tags"]),
+            components={name: InputComponent(**one) for name, one in document["components"].items()},
+            components_absent=dict(document["components_absent"]),
         )
 
 
@@ -154,6 +180,8 @@ class Inputs:
     """By the id of the module set."""
     base: oci.Image
     package: Path
+    components: Mapping[str, Path]
+    """The unpacked archives, by name."""
 
 
 def resolve(cell: Cell, matrix: Matrix, settings: Settings, cache: Cache, report: Reporter) -> tuple[Plan, Inputs]:
@@ -164,18 +192,27 @@ def resolve(cell: Cell, matrix: Matrix, settings: Settings, cache: Cache, report
     base_ref = f"{settings.gl_registry}:{matrix.base[cell.arch]}"
     base = sources.image(base_ref, cell.arch, cache, report)
     package = sources.driver_package(
-        settings.nvidia_base_url, cell.driver, cell.arch, matrix.pins.get((cell.driver, cell.arch)), cache, report
+        settings.nvidia_base_url,
+        cell.driver,
+        cell.arch,
+        matrix.pins.get((cell.driver, cell.arch)),
+        cache,
+        report,
+        vouched=settings.vouched,
     )
+    more = extras.resolve(settings.nvidia_redist_url, cell.driver, cell.arch, cache, report)
     shipped, inputs = _kernels(cell, matrix, settings, cache, report)
     plan = make(
         cell,
         matrix,
         shipped=shipped,
         base=InputImage(_public(base_ref, settings), base.digest),
-        package=InputPackage(package.name, package.sha256, package.size),
+        package=InputPackage(package.name, package.sha256, package.size, package.checksum),
+        components={name: InputComponent(one.version, one.sha256, one.size) for name, one in more.listed.items()},
+        components_absent=more.absent,
         image_path=settings.image_path,
     )
-    return plan, Inputs({one.id: inputs[one.releases[-1]] for one in plan.sets}, base, package.path)
+    return plan, Inputs({one.id: inputs[one.releases[-1]] for one in plan.sets}, base, package.path, more.trees)
 
 
 def _kernels(
@@ -207,6 +244,8 @@ def make(
     base: InputImage,
     package: InputPackage,
     image_path: str,
+    components: Mapping[str, InputComponent] | None = None,
+    components_absent: Mapping[str, str] | None = None,
 ) -> Plan:
     """Plan a cell whose inputs are known: rules, keys, tags.
 
@@ -218,7 +257,13 @@ def make(
     if not any(one.modules for one in sets):
         reasons = {f"{name}: {reason}" for one in sets for name, reason in one.absent.items()}
         raise ExcludedError(f"cell {cell}", "is excluded by rules", got="; ".join(sorted(reasons)))
-    userspace = key_of(package=package.sha256, arch=cell.arch, recipe=recipes.USER_SPACE)
+    components = components or {}
+    userspace = key_of(
+        package=package.sha256,
+        components={name: one.sha256 for name, one in components.items()},
+        arch=cell.arch,
+        recipe=recipes.USER_SPACE,
+    )
     image = key_of(
         base=base.digest,
         userspace=userspace,
@@ -244,6 +289,8 @@ def make(
             owns_branch=matrix.owns_branch(cell),
             key=image,
         ),
+        components=components,
+        components_absent=components_absent or {},
     )
 
 

@@ -124,7 +124,7 @@ def _cells_of(tag: str) -> set[Cell]:
 
 def _expected(cell: Cell, of: Matrix) -> str | None:
     """The name that the matrix expects of a cell's kernel."""
-    return of.release(cell).kernel_name(cell.arch, cell.flavor)
+    return of.release(cell).kernel_name(cell)
 
 
 def _kernel_in(tag: str, cell: Cell, of: Matrix) -> str | None:

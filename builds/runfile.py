@@ -163,7 +163,7 @@ def check(
     # POSIX cksum goes on over the length, least significant byte first, without leading zeros.
     crc = crc32.cksum(size.to_bytes((size.bit_length() + 7) // 8, "little"), crc)
     for name, wanted, found in (
-        ("pinned sha256", sha256 and sha256.lower(), whole.hexdigest()),
+        ("expected sha256", sha256 and sha256.lower(), whole.hexdigest()),
         ("header's MD5", header.md5, own.hexdigest()),
         ("header's CRC", header.crc, crc),
     ):

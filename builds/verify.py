@@ -76,6 +76,8 @@ class Subject:
     """``Module.symvers`` of the kernel, by module set."""
     tree: Path
     """The driver package, unpacked."""
+    components: Mapping[str, Path]
+    """The components' archives, unpacked, by name."""
     base: tuple[str, ...]
     """Diff ids of the base image's layers."""
     base_blobs: tuple[str, ...]
@@ -110,6 +112,7 @@ class Subject:
             "plan": Plan.from_json(document["plan"]),
             **{name: Path(document[name]) for name in ("layout", "tree", "scratch")},
             **{name: tuple(document[name]) for name in ("names", "base", "base_blobs", "groups", "private")},
+            "components": {name: Path(path) for name, path in document["components"].items()},
             "symvers": {of: Path(path) for of, path in document["symvers"].items()},
             "modules": {
                 of: {ModuleType(name): Path(folder) for name, folder in folders.items()}
@@ -175,6 +178,7 @@ def run(
             plan=plan,
             symvers={of: lying.symvers.absolute() for of, lying in inputs.sets.items()},
             tree=tree.absolute(),
+            components={name: path.absolute() for name, path in inputs.components.items()},
             base=tuple(layer.diff_id for layer in inputs.base.layers),
             base_blobs=tuple(layer.descriptor.digest for layer in inputs.base.layers),
             modules=dict(modules or {}),

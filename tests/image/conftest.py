@@ -90,6 +90,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "library": lambda: expected.libraries,
         "program": lambda: expected.programs,
         "part": lambda: expected.installer,
+        "component": lambda: expected.components,
     }
     for name in set(metafunc.fixturenames) & objects.keys():
         values = objects[name]()

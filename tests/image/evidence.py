@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import IO, Any
 
 import zstandard
@@ -16,6 +17,7 @@ import zstandard
 from builds import image as packing
 from builds import kmod, layers, oci, paths, recipes, userspace
 from builds.cache import CHUNK
+from builds.components import COMPONENTS, Component
 from builds.errors import BuildError
 from builds.kmod import Elf, Export, Module
 from builds.manifest import Placed
@@ -28,9 +30,13 @@ UNREADABLE = (tarfile.TarError, zstandard.ZstdError, zlib.error, EOFError, OSErr
 """What a damaged layer makes its readers raise."""
 
 _X11 = "VDPAU decodes for an X client, which brings X11 itself"
+_INFINIBAND = "only systems with NVLink 5 run it, and those need InfiniBand's userland in the base image"
 _MAY_LACK = {
     ("libvdpau_nvidia.so.*", "libX11.so.6"): _X11,
     ("libvdpau_nvidia.so.*", "libXext.so.6"): _X11,
+    ("nvlsm", "libibumad.so.3"): _INFINIBAND,
+    ("nvlsm", "libibmad.so.5"): _INFINIBAND,
+    ("nvlsm", "libibverbs.so.1"): _INFINIBAND,
 }
 """Libraries that may be missing, by who needs them, and why that is no defect."""
 
@@ -120,7 +126,7 @@ class Expected:
     @functools.cached_property
     def placed(self) -> tuple[Placed, ...]:
         """Files and links of the driver root."""
-        return userspace.selection(self.subject.tree, self.plan.cell.arch)
+        return userspace.selection(self.subject.tree, self.subject.components, self.plan.cell.arch)
 
     @functools.cached_property
     def files(self) -> tuple[Placed, ...]:
@@ -143,6 +149,11 @@ class Expected:
     def libraries(self) -> tuple[Placed, ...]:
         """Libraries of the driver root that have a SONAME."""
         return tuple(one for one in self.elves if self.elf(one).soname)
+
+    @functools.cached_property
+    def components(self) -> tuple[Component, ...]:
+        """Every component that there may be, whether the plan has it or says why it is absent."""
+        return COMPONENTS
 
     @functools.cached_property
     def programs(self) -> tuple[Placed, ...]:
@@ -171,20 +182,24 @@ class Expected:
         """
         plan = self.plan
         return {
-            "user space": layers.diff_id(userspace.entries(self.subject.tree, plan.cell.arch)),
+            "user space": layers.diff_id(userspace.entries(self.subject.tree, self.subject.components, plan.cell.arch)),
             "modules": layers.diff_id(packing.module_entries(plan, module)),
             "installer": layers.diff_id(packing.installer_entries(plan)),
         }
 
+    def source(self, one: Placed) -> Path:
+        """The file of the driver package, or of a component's archive, that a file of the driver root is."""
+        return userspace.source_of(one, self.subject.tree, self.subject.components)
+
     def head(self, one: Placed) -> bytes:
-        """The first bytes of a file, from the driver package."""
-        with (self.subject.tree / str(one.source)).open("rb") as stream:
+        """The first bytes of a file, from where it comes from."""
+        with self.source(one).open("rb") as stream:
             return stream.read(4)
 
     @functools.cache  # noqa: B019  # lives as long as the run
     def elf(self, one: Placed) -> Elf:
         """What a program or library says of itself, from the driver package."""
-        return kmod.read_elf(one.dest, (self.subject.tree / str(one.source)).read_bytes())
+        return kmod.read_elf(one.dest, self.source(one).read_bytes())
 
     @functools.cached_property
     def exports(self) -> Mapping[str, Mapping[str, Export]]:
