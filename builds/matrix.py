@@ -73,9 +73,9 @@ class Release:
         """The upstream version of its kernel, such as ``6.12.44``: what exclusion rules are keyed on."""
         return self.kernel and self.kernel.partition("-")[0]
 
-    def kernel_name(self, arch: Arch, flavor: Flavor) -> str | None:
+    def kernel_name(self, cell: Cell) -> str | None:
         """The kernel's expected release name, as Garden Linux makes it: the package's build is not in it."""
-        return self.upstream and f"{self.upstream}-{'cloud-' if flavor is Flavor.CLOUD else ''}{arch}"
+        return self.upstream and f"{self.upstream}-{'cloud-' if cell.flavor is Flavor.CLOUD else ''}{cell.arch}"
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Matrix:
     def _place(self, cell: Cell) -> tuple[str, ...]:
         """What cells with one image have in common; where the kernel's name is not known, that is the release."""
         release = self.release(cell)
-        kernel = release.kernel_name(cell.arch, cell.flavor) or f"of {cell.gl}"
+        kernel = release.kernel_name(cell) or f"of {cell.gl}"
         return (cell.driver, cell.arch, cell.flavor, release.os_tag, kernel)
 
     @functools.cached_property

@@ -155,7 +155,7 @@ def make(matrices: Sequence[Matrix], cells: Iterable[Cell], made: Collection[Cel
         for cell in ours:
             siblings = tuple(one for one in matrix.siblings(cell) if one in ours)
             absent = matrix.absent(cell)
-            kernel = matrix.release(cell).kernel_name(cell.arch, cell.flavor)
+            kernel = matrix.release(cell).kernel_name(cell)
             if len(absent) == len(ModuleType):
                 looked.append(_outlook(cell, matrix, Status.EXCLUDED, "by rule"))
             elif kernel is None:
@@ -199,7 +199,7 @@ def _outlook(cell: Cell, matrix: Matrix, status: Status, note: str, image: Image
     return CellOutlook(
         cell=cell,
         status=status,
-        kernel=release.kernel_name(cell.arch, cell.flavor),
+        kernel=release.kernel_name(cell),
         package=release.kernel,
         absent=matrix.absent(cell),
         image=image.name if image else None,
