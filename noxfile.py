@@ -72,8 +72,9 @@ def _builds(session: nox.Session, verb: str, *arguments: str) -> None:
 
 @nox.session
 def setup(session: nox.Session) -> None:
-    """Make a Debian machine ready: container engine, mmdebstrap. Runs only when named."""
-    session.run(sys.executable, "-m", "builds", "setup", external=True)
+    """Make a Debian machine ready: container engine, mmdebstrap; with TARGET_ARCH or -- --arch emulators as well."""
+    arches = re.findall(r"--arch[= ](\S+)", " ".join(session.posargs))  # what else is there is for other sessions
+    session.run(sys.executable, "-m", "builds", "setup", *(f"--arch={arch}" for arch in arches), external=True)
 
 
 @nox.session(default=False)

@@ -18,7 +18,7 @@ from . import __version__, errors, outlook
 from . import settings as configuration
 from .console import Reporter
 from .errors import ConfigurationError, ExcludedError, HarnessError, InfrastructureError
-from .model import Cell
+from .model import Arch, Cell
 
 if TYPE_CHECKING:
     from .plan import ModuleSet
@@ -100,7 +100,13 @@ def _parser() -> argparse.ArgumentParser:
             )
         return added
 
-    verb("setup", _setup, "make a Debian machine ready: container engine, mmdebstrap", cells=False)
+    setup = verb("setup", _setup, "make a Debian machine ready: container engine, mmdebstrap, emulators", cells=False)
+    setup.add_argument(
+        "--arch",
+        action="append",
+        choices=[*map(str, Arch)],
+        help="also to run programs of this architecture; default: those that TARGET_ARCH selects",
+    )
     verb("lab", _lab, "make the inputs of lab cells from Debian's archive, anew where it has newer packages")
     verb("list", _list, "print the ids of the selected cells")
     plan = verb("plan", _plan, "print what one cell depends on, or what becomes of many, offline")
@@ -173,10 +179,11 @@ def _each(options: argparse.Namespace, report: Reporter, step: Callable[..., obj
     return status
 
 
-def _setup(_options: argparse.Namespace, report: Reporter) -> None:
-    from . import hostsetup
+def _setup(options: argparse.Namespace, report: Reporter) -> None:
+    from . import hostsetup, matrix
 
-    hostsetup.prepare(report)
+    arches = map(Arch, options.arch) if options.arch else {cell.arch for cell in matrix.select(os.environ)}
+    hostsetup.prepare(report, arches)
 
 
 def _lab(options: argparse.Namespace, report: Reporter) -> None:
