@@ -14,11 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import __version__, errors
+from . import __version__, errors, outlook
 from . import settings as configuration
 from .console import Reporter
 from .errors import ConfigurationError, ExcludedError, HarnessError, InfrastructureError
-from .model import Cell
+from .model import Arch, Cell
 
 if TYPE_CHECKING:
     from .plan import ModuleSet
@@ -100,14 +100,31 @@ def _parser() -> argparse.ArgumentParser:
             )
         return added
 
-    verb("setup", _setup, "make a Debian machine ready: container engine, mmdebstrap", cells=False)
+    setup = verb("setup", _setup, "make a Debian machine ready: container engine, mmdebstrap, emulators", cells=False)
+    setup.add_argument(
+        "--arch",
+        action="append",
+        choices=[*map(str, Arch)],
+        help="also to run programs of this architecture; default: those that TARGET_ARCH selects",
+    )
     verb("lab", _lab, "make the inputs of lab cells from Debian's archive, anew where it has newer packages")
     verb("list", _list, "print the ids of the selected cells")
-    plan = verb("plan", _plan, "print what the selected cells depend on: inputs, kernel, keys, tags, rules")
+    plan = verb("plan", _plan, "print what one cell depends on, or what becomes of many, offline")
     plan.add_argument("--json", action="store_true", help="as JSON on standard output")
+    plan.add_argument("--offline", action="store_true", help="of one cell, too, only what becomes of it")
+    plan.add_argument(
+        "--ci",
+        nargs="?",
+        metavar="JOBS",
+        type=_jobs,
+        const=outlook.JOBS,
+        help="share the cells out among CI jobs, at most so many (%(const)s): a matrix as GitHub takes it",
+    )
+    verb("probe-headers", _probe_headers, "tell in seconds which known changes of its interface a kernel has")
     verb("build-driver", _build_driver, "compile the kernel modules")
     verb("build-image", _build_image, "pack the image from compiled modules")
     verb("build", _build, "compile and pack")
+    verb("lab-matrix", _lab_matrix, "build and verify cells in one go, and prove the rules that leave something out")
     verify = verb("verify", _verify, "prove the image right; builds first what is missing")
     verify.add_argument("--image", metavar="REF", help="an image that is there already: oci:<folder>, or in a registry")
     verify.add_argument("--cell", metavar="CELL", help="the cell of --image, where its tag does not say it")
@@ -163,10 +180,11 @@ def _each(options: argparse.Namespace, report: Reporter, step: Callable[..., obj
     return status
 
 
-def _setup(_options: argparse.Namespace, report: Reporter) -> None:
-    from . import hostsetup
+def _setup(options: argparse.Namespace, report: Reporter) -> None:
+    from . import hostsetup, matrix
 
-    hostsetup.prepare(report)
+    arches = map(Arch, options.arch) if options.arch else {cell.arch for cell in matrix.select(os.environ)}
+    hostsetup.prepare(report, arches)
 
 
 def _lab(options: argparse.Namespace, report: Reporter) -> None:
@@ -180,7 +198,36 @@ def _list(options: argparse.Namespace, _report: Reporter) -> None:
         print(cell)
 
 
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= outlook.JOBS:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to {outlook.JOBS}, got {text!r}")
+    return int(text)
+
+
 def _plan(options: argparse.Namespace, report: Reporter) -> int:
+    cells = _cells(options)
+    if len(cells) > 1 or options.offline or options.ci:
+        return _plan_offline(options, cells, report)
+    return _plan_in_depth(options, report)
+
+
+def _plan_offline(options: argparse.Namespace, cells: Sequence[Cell], report: Reporter) -> int:
+    from . import matrix
+
+    out = configuration.resolve(options=_settings(options)).out_dir
+    found = outlook.make(matrix.load_all(), cells, outlook.on_this_machine(out, cells))
+    if options.ci:
+        outlook.refuse(found.collisions)
+        print(json.dumps(outlook.ci_matrix(outlook.groups(found, options.ci))))
+    elif options.json:
+        print(json.dumps(found.to_json(), indent=1, sort_keys=True))
+    else:
+        outlook.show(found, report)
+    outlook.refuse(found.collisions)
+    return 0
+
+
+def _plan_in_depth(options: argparse.Namespace, report: Reporter) -> int:
     from . import pipeline
 
     plans = []
@@ -215,6 +262,12 @@ def _shown(one: ModuleSet) -> list[tuple[str, str]]:
     ]
 
 
+def _probe_headers(options: argparse.Namespace, report: Reporter) -> int:
+    from . import pipeline
+
+    return _each(options, report, pipeline.probe)
+
+
 def _build_driver(options: argparse.Namespace, report: Reporter) -> int:
     from . import pipeline
 
@@ -231,6 +284,13 @@ def _build(options: argparse.Namespace, report: Reporter) -> int:
     from . import pipeline
 
     return _each(options, report, pipeline.build)
+
+
+def _lab_matrix(options: argparse.Namespace, report: Reporter) -> None:
+    from . import lab_matrix, matrix, pipeline
+
+    cells = tuple(map(matrix.find, options.cells)) or matrix.representative()
+    lab_matrix.walk([pipeline.start(cell, _settings(options), report) for cell in cells], report)
 
 
 def _verify(options: argparse.Namespace, report: Reporter) -> int:

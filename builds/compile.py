@@ -8,15 +8,16 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from . import engine as engines
 from . import oci, recipes, runfile
 from .cache import Cache, is_whole, key_of, publish
 from .console import Reporter
-from .engine import Engine
-from .errors import BuildError, InfrastructureError
-from .model import MODULES, ModuleType
+from .engine import Engine, Execution
+from .errors import BuildError
+from .model import MODULES, Arch, ModuleType
 from .plan import Inputs, ModuleSet, Plan
 
 LOG = "build.log"
@@ -81,6 +82,55 @@ def load_kmodbuild(engine: Engine, image: oci.Image, report: Reporter) -> str:
     return name
 
 
+def way(of: ModuleSet, inputs: Inputs, engine: Engine) -> str:
+    """How modules are compiled in a set's kmodbuild image, in a few words.
+
+    Raises InfrastructureError where the engine does not run the image's programs, with what makes it.
+    """
+    runs_on = Arch(inputs.sets[of.id].kmodbuild.config["architecture"])
+    how = engines.execution(engine, runs_on)
+    if how is Execution.EMULATED:
+        return f"emulated: the compiler is a program for {runs_on}, which takes some 20 times as long"
+    return f"cross-compiled by {of.kernel.cross}gcc on {runs_on}" if of.kernel.cross else "native"
+
+
+def small(
+    plan: Plan,
+    of: ModuleSet,
+    inputs: Inputs,
+    sources: Mapping[str, str],
+    folder: Path,
+    *,
+    engine: Engine,
+    report: Reporter,
+) -> None:
+    """Compile a few sources of ours in a set's kmodbuild container; what their ``compile.sh`` leaves in ``/out``, and
+    the log, come to ``folder``. Raises BuildError with the compiler's first error.
+    """
+    image = load_kmodbuild(engine, inputs.sets[of.id].kmodbuild, report)
+    log = folder / LOG
+    with engines.container(engine, image, ["/bin/sh", "/src/compile.sh"], environment=_variables(plan, of)) as made:
+        for name, text in sources.items():
+            engines.put_file(made, f"/src/{name}", text.encode())
+        if status := engines.run(made, log):
+            raise BuildError(
+                f"compile for {of.kernel.build.release}",
+                f"the build ended with status {status}",
+                got=first_error(log.read_text(errors="replace")),
+            )
+        engines.get_tree(made, "/out", folder)
+
+
+def _variables(plan: Plan, of: ModuleSet) -> dict[str, str]:
+    """What a build in the kmodbuild container is told of kernel and compiler, in the words of the kernel's Makefile.
+
+    The headers may say so too, but the vendor's Makefile takes for the target what ``uname -m`` says.
+    """
+    kernel = of.kernel
+    told = {"ARCH": plan.cell.arch.kbuild, "SYSSRC": kernel.source, "SYSOUT": kernel.output}
+    return {**told, "CROSS_COMPILE": kernel.cross} if kernel.cross else told
+
+
 def _compile(
     plan: Plan,
     of: ModuleSet,
@@ -94,14 +144,7 @@ def _compile(
     report: Reporter,
 ) -> None:
     repeat = f'nox -s "build-driver({plan.cell})"'
-    if not engines.native(engine, plan.cell.arch):
-        raise InfrastructureError(
-            f"cell {plan.cell}",
-            f"its compiler runs on {plan.cell.arch}",
-            got=f"an engine for {engine.arch}",
-            hint="let DOCKER_HOST name an engine of that architecture",
-            repeat=repeat,
-        )
+    report.say(f"  {module_type}: {way(of, inputs, engine)}")
     sources = driver_tree(plan, inputs, cache, report) / module_type.source_folder
     if not (sources / "Makefile").is_file():
         raise BuildError(
@@ -116,10 +159,9 @@ def _compile(
     log.write_text(f"# {plan.cell} {module_type}; repeat: {repeat}\n")
     conftest = _conftest_key(plan, of, sources)
     environment = {
+        **_variables(plan, of),
         "FOLDER": module_type.source_folder,
         "JOBS": str(jobs),
-        "SYSSRC": of.kernel.source,
-        "SYSOUT": of.kernel.output,
         "KERNEL": of.kernel.build.release,
         "MODULES": " ".join(MODULES),
     }

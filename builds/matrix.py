@@ -38,9 +38,16 @@ class Rule:
 
     def applies(self, driver: str, kernel: str) -> bool:
         """Whether the rule is about this driver version and this upstream kernel version."""
-        return SpecifierSet(self.driver).contains(driver) and SpecifierSet(self.kernel).contains(
-            kernel, prereleases=True
-        )
+        return self.is_about(driver) and _in_range(kernel, self.kernel)
+
+    def is_about(self, driver: str) -> bool:
+        """Whether the rule is about this driver version, on some kernel or other."""
+        return _in_range(driver, self.driver)
+
+
+@functools.cache
+def _in_range(version: str, versions: str) -> bool:
+    return SpecifierSet(versions).contains(version, prereleases=True)
 
 
 class Lifecycle(enum.StrEnum):
@@ -66,14 +73,9 @@ class Release:
         """The upstream version of its kernel, such as ``6.12.44``: what exclusion rules are keyed on."""
         return self.kernel and self.kernel.partition("-")[0]
 
-    @property
-    def line(self) -> str:
-        """The line of releases that it is of, such as ``1877``: within one, no release has an older kernel."""
-        return self.gl.partition(".")[0]
-
-    def kernel_name(self, arch: Arch, flavor: Flavor) -> str | None:
+    def kernel_name(self, cell: Cell) -> str | None:
         """The kernel's expected release name, as Garden Linux makes it: the package's build is not in it."""
-        return self.upstream and f"{self.upstream}-{'cloud-' if flavor is Flavor.CLOUD else ''}{arch}"
+        return self.upstream and f"{self.upstream}-{'cloud-' if cell.flavor is Flavor.CLOUD else ''}{cell.arch}"
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class Matrix:
     cells: tuple[Cell, ...]
     rules: tuple[Rule, ...]
     default: Cell | None
+    representative: tuple[Cell, ...]
+    """Cells that stand for all: one of every kind that differs in how it is built."""
 
     def __contains__(self, cell: Cell) -> bool:
         return cell in self._cells
@@ -119,7 +123,7 @@ class Matrix:
         return {
             rule.module_type: rule.reason
             for rule in self.rules
-            if (rule.applies(cell.driver, upstream) if upstream else not rule.kernel and rule.applies(cell.driver, "0"))
+            if rule.is_about(cell.driver) and (rule.applies(cell.driver, upstream) if upstream else not rule.kernel)
         }
 
     def owns_branch(self, cell: Cell) -> bool:
@@ -139,7 +143,7 @@ class Matrix:
     def _place(self, cell: Cell) -> tuple[str, ...]:
         """What cells with one image have in common; where the kernel's name is not known, that is the release."""
         release = self.release(cell)
-        kernel = release.kernel_name(cell.arch, cell.flavor) or f"of {cell.gl}"
+        kernel = release.kernel_name(cell) or f"of {cell.gl}"
         return (cell.driver, cell.arch, cell.flavor, release.os_tag, kernel)
 
     @functools.cached_property
@@ -202,6 +206,7 @@ def load(path: Path) -> Matrix:
             for rule in document.get("exclude", [])
         ),
         default=Cell.parse(document["default"]) if "default" in document else None,
+        representative=tuple(map(Cell.parse, document.get("representative", ()))),
     )
 
 
@@ -216,6 +221,11 @@ def matrix_of(cell: Cell) -> Matrix:
         if cell in matrix:
             return matrix
     raise unknown("cell", cell.id, (known.id for matrix in load_all() for known in matrix.cells))
+
+
+def representative() -> tuple[Cell, ...]:
+    """The cells that stand for all of the matrices."""
+    return tuple(cell for matrix in load_all() for cell in matrix.representative)
 
 
 def find(text: str) -> Cell:

@@ -71,20 +71,25 @@ def read(path: Path) -> dict[str, Any]:
     return dict(document)
 
 
-_PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is many times as quick, where there is one
+_LIBYAML: Any = getattr(yaml, "CSafeLoader", None)
 
 
-class _Loader(Composer, _PARSER):  # type: ignore[misc]  # composes in Python, from either parser's events
+def _begin(loader: Any, stream: str) -> None:
+    _LIBYAML.__init__(loader, stream)
+    Composer.__init__(loader)
+
+
+_Composing: Any = type("_Composing", (Composer, _LIBYAML), {"__init__": _begin}) if _LIBYAML else yaml.SafeLoader
+"""Composes in Python what libyaml parses, which is many times as quick, where there is a libyaml."""
+
+
+class _Loader(_Composing):  # type: ignore[misc]
     """Gives an alias the line where it stands, and refuses one inside of what it stands for: it would have no end."""
-
-    def __init__(self, stream: str) -> None:
-        _PARSER.__init__(self, stream)
-        Composer.__init__(self)
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         alias = self.check_event(yaml.AliasEvent)
         mark = self.peek_event().start_mark
-        node = super().compose_node(parent, index)
+        node: yaml.Node | None = super().compose_node(parent, index)
         if node is None or not alias:
             return node
         if node.end_mark is None:
@@ -249,22 +254,25 @@ def _meaning(document: Any, lines: Mapping[_Path, int]) -> Iterator[_Problem]:
     for path, version in _named_drivers(document):
         if version not in drivers:
             yield path, f"is not one of the drivers: {version}"
-        elif path[0] == "gvisor" and version.partition(".")[0] != path[1]:
+        elif path[0] == "gvisor" and str(path[1]).isdecimal() and version.partition(".")[0] != path[1]:
             yield path, f"is not of this branch: {version}"
-    known = [cell.id for cell in cells(document)]
-    if known and isinstance(default, str) and default not in known:
-        yield ("default",), f"is not a cell of this file: {default}"
+    known = {cell.id for cell in cells(document)}
+    named: list[tuple[_Path, str]] = [(("default",), default)] if isinstance(default, str) else []
+    named += [(("representative", place), text) for place, text in _texts(document.get("representative"))]
+    yield from ((path, f"is not a cell of this file: {text}") for path, text in named if known and text not in known)
 
 
 def _named_drivers(document: Mapping[str, Any]) -> Iterator[tuple[_Path, str]]:
-    """Where the document speaks of a driver version, other than in the list of drivers."""
+    """Where the document speaks of a driver version in text, other than in the list of drivers."""
     gvisor = document.get("gvisor")
-    for branch, version in gvisor.items() if isinstance(gvisor, dict) else ():
-        if text := _text(version):
-            yield ("gvisor", branch), text
+    named: list[tuple[_Path, object]] = []
+    if isinstance(gvisor, dict):
+        named += [(("gvisor", branch), version) for branch, version in gvisor.items()]
     for number, release in _entries(document.get("releases")):
-        for position, text in _texts(release.get("drivers")):
-            yield ("releases", number, "drivers", position), text
+        named += [
+            (("releases", number, "drivers", place), version) for place, version in _items(release.get("drivers"))
+        ]
+    yield from ((path, version) for path, version in named if isinstance(version, str) and version)
 
 
 def _once(document: Mapping[str, Any]) -> Iterator[tuple[_Path, str, _Path]]:

@@ -223,7 +223,7 @@ def _kernels(
     for sibling in matrix.siblings(cell):
         reference = f"{settings.gl_registry}/kmodbuild:{sibling.arch}-{sibling.gl}"
         try:
-            image = sources.image(reference, sibling.arch, cache, report)
+            image = sources.kmodbuild(reference, sibling.arch, cache, report)
         except ConfigurationError as error:
             if sibling != cell:
                 error.hint = (

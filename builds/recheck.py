@@ -96,6 +96,8 @@ def cell_of(names: Iterable[str]) -> Cell:
     tags = [name.rpartition(":")[2] for name in names]
     told = [cells for tag in tags if (cells := _cells_of(tag))]
     fitting = {matrix.matrix_of(cell).siblings(cell)[0] for cell in set.intersection(*told)} if told else set()
+    if len(fitting) > 1:  # releases whose nodes have the same OS tag: one may have it as its own name
+        fitting = {cell for cell in fitting if any(tag.endswith(f"-{_alias(cell)}") for tag in tags)} or fitting
     if len(fitting) != 1:
         raise ConfigurationError(
             "image",
@@ -104,6 +106,10 @@ def cell_of(names: Iterable[str]) -> Cell:
             hint="name the cell: -- --image … --cell <cell id>",
         )
     return fitting.pop()
+
+
+def _alias(cell: Cell) -> str:
+    return matrix.matrix_of(cell).alias.format(gl=cell.gl)
 
 
 def _cells_of(tag: str) -> set[Cell]:
@@ -124,7 +130,7 @@ def _cells_of(tag: str) -> set[Cell]:
 
 def _expected(cell: Cell, of: Matrix) -> str | None:
     """The name that the matrix expects of a cell's kernel."""
-    return of.release(cell).kernel_name(cell.arch, cell.flavor)
+    return of.release(cell).kernel_name(cell)
 
 
 def _kernel_in(tag: str, cell: Cell, of: Matrix) -> str | None:

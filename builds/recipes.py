@@ -26,7 +26,7 @@ CHECKS = recipe(
     *sorted(path for path in (HERE.parent / "tests" / "image").glob("*") if path.suffix in (".py", ".ini")),
     *(HERE / f"{name}.py" for name in ("kernel", "kmod", "rootfs", "oci", "layers", "tars", "runfile", "manifest")),
     *(HERE / f"{name}.py" for name in ("userspace", "components", "image")),
-    *(HERE / f"{name}.py" for name in ("model", "paths", "plan", "cache", "engine", "record", "verify")),
+    *(HERE / f"{name}.py" for name in ("model", "paths", "plan", "cache", "emulation", "engine", "record", "verify")),
     *INSTALLER_PARTS,
 )
 """The checks of an image, and what they and their expectations are read with."""

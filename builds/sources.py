@@ -46,16 +46,26 @@ class DriverPackage:
     checksum: Checksum
 
 
-def image(reference: str, arch: Arch | None, cache: Cache, report: Reporter) -> oci.Image:
+def image(reference: str, arch: Arch | None, cache: Cache, report: Reporter, *, others: bool = False) -> oci.Image:
     """The image that a reference names: ``oci:<folder>[:<name>]`` or one in a registry.
 
-    ``arch`` picks one of several; with None whatever it names is taken, as long as there is but one.
+    ``arch`` picks one of several; with None whatever it names is taken, as long as there is but one. So it is with
+    ``others``, where there is none of that architecture.
     Raises ConfigurationError where there is no such image, InfrastructureError where nobody can say.
     """
     if reference.startswith("oci:"):
         folder, name = split_layout(reference.removeprefix("oci:"))
-        return oci.find_image(folder, name, arch)
-    return registry.pull(registry.Reference.parse(reference), arch, cache.root / "images", report)
+        return oci.find_image(folder, name, arch, others=others)
+    return registry.pull(registry.Reference.parse(reference), arch, cache.root / "images", report, others=others)
+
+
+def kmodbuild(reference: str, arch: Arch, cache: Cache, report: Reporter) -> oci.Image:
+    """The kmodbuild image for a cell's architecture: the one of that architecture, else the only one there is.
+
+    The latter compiles for another architecture than its own, or the kernel's facts say why not. Which of them it is
+    depends on what the reference names, never on this machine. Raises as :func:`image` does.
+    """
+    return image(reference, arch, cache, report, others=True)
 
 
 def split_layout(text: str) -> tuple[Path, str | None]:

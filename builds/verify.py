@@ -30,7 +30,7 @@ from . import engine as engines
 from .cache import Cache, disk_errors, key_of, write_atomically
 from .console import Reporter, shorten
 from .engine import Engine
-from .errors import BuildError, HarnessError, InfrastructureError, VerificationError
+from .errors import HarnessError, InfrastructureError, VerificationError
 from .image import Compiled
 from .model import ModuleType
 from .plan import Inputs, ModuleSet, Plan
@@ -245,24 +245,12 @@ def reference_module(
     """
 
     def build(folder: Path) -> None:
-        if engine is None or not engines.native(engine, plan.cell.arch):
-            raise InfrastructureError(
-                "reference module",
-                f"needs a container engine for {plan.cell.arch}",
-                got=engine.arch if engine else None,
-            )
+        if engine is None:
+            raise InfrastructureError("reference module", "needs a container engine", got="none that answers")
+        way = compiling.way(of, inputs, engine)
         with report.step("compile reference module") as step:
-            image = compiling.load_kmodbuild(engine, inputs.sets[of.id].kmodbuild, report)
-            log = folder / "build.log"
-            command = ["/bin/sh", "/src/compile.sh"]
-            with engines.container(engine, image, command, environment={"SYSOUT": of.kernel.output}) as made:
-                for name, text in _EMPTY_MODULE.items():
-                    engines.put_file(made, f"/src/{name}", text.encode())
-                if status := engines.run(made, log):
-                    got = compiling.first_error(log.read_text(errors="replace"))
-                    raise BuildError("reference module", f"the build ended with status {status}", got=got)
-                engines.get_tree(made, "/out", folder)
-            step.note(f"{of.kernel.build.release} ({of.kernel.build.package})")
+            compiling.small(plan, of, inputs, _EMPTY_MODULE, folder, engine=engine, report=report)
+            step.note(f"{of.kernel.build.release} ({of.kernel.build.package}), {way}")
 
     key = key_of(
         kernel=asdict(of.kernel.build), output=of.kernel.output, compiler=of.kernel.compiler, source=_EMPTY_MODULE

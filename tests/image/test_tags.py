@@ -87,7 +87,8 @@ def _is_lab(plan: Plan) -> bool:
 def _operator(version: str, plan: Plan) -> str:
     """``<driver.version>-<uname -r>-<ID><VERSION_ID>``, verbatim (operator contract, rows 1 to 3).
 
-    With our Helm values a Garden Linux node has ``VERSION_ID=0``; a Debian node has ``ID=debian`` and its number.
+    With our Helm values a Garden Linux node has ``VERSION_ID=0``; a Debian node has ``ID=debian`` and its number, also
+    where its kernel is a backport.
     """
     debian = re.match(r"debian\d+", plan.cell.gl)
     system = debian[0] if debian else "gardenlinux0"
