@@ -52,9 +52,10 @@ class Site:
     def known(self, url: str) -> Known | None:
         """What the record of a URL says, if there is one that can be read."""
         try:
-            return Known(**json.loads(self._record(url).read_bytes()))
+            known = Known(**json.loads(self._record(url).read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
+        return known if re.fullmatch(r"[0-9a-f]{64}", str(known.sha256)) else None
 
     def remember(self, url: str, sha256: str, name: str, checksum: str) -> None:
         """Write down which bytes a URL has."""
@@ -75,9 +76,13 @@ class Site:
             return None
         if file_sha256(path) == sha256:
             return path
-        self.report.say(f"  {name}: is not what it was in the cache: it is downloaded again", style="yellow")
-        path.unlink()
+        self.drop(path, "its bytes have changed")
         return None
+
+    def drop(self, path: Path, why: str) -> None:
+        """Remove a file that is not what it was."""
+        self.report.say(f"  {path.name} in the cache: {why}; it is downloaded again", style="yellow")
+        path.unlink()
 
     @contextmanager
     def alone(self, url: str, name: str) -> Iterator[None]:
