@@ -90,6 +90,7 @@ def _rows(name: str, *rows: Row) -> tuple[Row, ...]:
         Row("usr/lib/systemd/**", None, _SYSTEMD),
         Row("share/man/**", None, _DOCS),
         Row("share/doc/**", None, _DOCS),
+        Row("usr/share/man/**", None, _DOCS),
         Row("README*", None, _DOCS),
     )
 
