@@ -17,7 +17,7 @@ from . import __version__, errors
 from . import settings as configuration
 from .console import Reporter
 from .errors import ConfigurationError, HarnessError, InfrastructureError
-from .model import Cell
+from .model import Arch, Cell
 
 _EPILOG = """\
 Cells are named in full (570.172.08-1877.3-amd64-cloud) or selected by DRIVER_VERSION, GL_VERSION, TARGET_ARCH and
@@ -106,6 +106,16 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--cell", metavar="CELL", help="the cell of --image, where its tag does not say it")
     verify.add_argument("--record", metavar="FILE", help="repeat what a record tells of, and show what differs")
     verb("push", _push, "put verified images into the repository that IMAGE_PATH names, byte for byte")
+    probe = verb(
+        "probe-package", _probe_package, "read a driver package and say whether every field is understood", cells=False
+    )
+    probe.add_argument("package", metavar="VERSION|FILE", help="a file, or a version from where NVIDIA_BASE_URL leads")
+    probe.add_argument("--arch", choices=[*Arch], type=Arch, help="architecture that it has to be of")
+    how = probe.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="everything, as JSON on standard output")
+    how.add_argument(
+        "--differences", action="store_true", help="the user space against the classic flow's, as Markdown"
+    )
     verb("summary", _summary, "print digest, size, times and checks of the selected cells")
     clean = verb("clean", _clean, "empty the output folder", cells=False)
     clean.add_argument("--all", action="store_true", help="empty the cache as well")
@@ -229,6 +239,23 @@ def _push(options: argparse.Namespace, report: Reporter) -> int:
     from . import pipeline
 
     return _each(options, report, pipeline.push)
+
+
+def _probe_package(options: argparse.Namespace, report: Reporter) -> None:
+    from . import pipeline, probe_package
+    from .cache import Cache
+
+    settings = configuration.resolve(options=_settings(options))
+    pipeline.claim(settings.cache_dir)
+    probe_package.run(
+        options.package,
+        options.arch,
+        settings.nvidia_base_url,
+        Cache(settings.cache_dir),
+        report,
+        as_json=options.json,
+        differences=options.differences,
+    )
 
 
 def _summary(options: argparse.Namespace, report: Reporter) -> None:
