@@ -54,9 +54,10 @@ _ASSIGNMENT = re.compile(
 
 _DAMAGES = (
     *(zstandard.ZstdError, lzma.LZMAError, zlib.error, tarfile.TarError),
-    *(EOFError, ValueError, OverflowError, OSError),
+    *(EOFError, LookupError, ValueError, OverflowError, OSError),
 )
-"""What the unpackers raise over damaged bytes. OverflowError: of a time that no file can have."""
+"""What the unpackers raise over damaged bytes: LookupError of a hard link to nothing, OverflowError of a time that no
+file can have."""
 
 _COMPRESSIONS: tuple[tuple[str, bytes, Callable[[], Any]], ...] = (
     # Long-range frames need a window above the library's default limit of 128 MiB.

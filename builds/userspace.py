@@ -24,7 +24,7 @@ def selection(tree: Path, arch: Arch) -> tuple[Placed, ...]:
     Raises BuildError for a manifest that is not understood or names what the package does not hold.
     """
     try:
-        text = (tree / ".manifest").read_text()
+        text = (tree / ".manifest").read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BuildError("driver package", "has no readable .manifest", got=str(error)) from error
     chosen = manifest.select(manifest.parse(text), arch)

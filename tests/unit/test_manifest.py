@@ -134,6 +134,25 @@ def test_lines_of_the_documented_format() -> None:
     assert entry_of("nvidia-smi 0755 UTILITY_BINARY SUBPACKAGE:x MODULE:nvml").module == "nvml"
 
 
+def test_a_manifest_is_read_as_far_as_it_is_understood() -> None:
+    good = "nvidia-smi 0755 UTILITY_BINARY MODULE:nvml\n"
+    read, problems = module.read(f"{HEAD}{good}a 0755 WARP_DRIVE MODULE:x\n{good}b 0755\n. 0755 UTILITY_BINARY\n")
+    assert [entry.path for entry in read.entries] == ["nvidia-smi"] * 2
+    assert problems == (
+        "unknown type WARP_DRIVE (line 10)",
+        "line 12: has no type: b 0755",
+        "line 13: . is no file's name",
+    )
+
+
+def test_a_line_ends_where_unix_ends_it() -> None:
+    """A form feed or a line separator in a text is none: the numbers of lines would be others than an editor's."""
+    lines = "nvidia-smi 0755 UTILITY_BINARY MODULE:nvml\r\nodd\x0cname\u2028 0755 X\n"
+    _, problems = module.read(HEAD.replace("Driver", "Driver\x0c") + lines)
+    assert len(problems) == 1
+    assert "line 10" in problems[0]
+
+
 def test_entries_end_at_the_first_empty_line() -> None:
     one = "nvidia-smi 0755 UTILITY_BINARY MODULE:nvml\n"
     assert len(parse(f"{HEAD}{one}\nwhatever follows\n").entries) == 1

@@ -318,7 +318,7 @@ def test_metal_is_accepted_for_baremetal() -> None:
 
 
 def test_lists_select_several() -> None:
-    assert len(ids(GL_VERSION="debian12, 1877.3")) == 2
+    assert len(ids(GL_VERSION="debian12, 1877.3", DRIVER_VERSION="550.163.01, 570.172.08")) == 2
 
 
 def test_all_releases_selects_every_cell() -> None:
