@@ -65,9 +65,14 @@ class Findings:
     @property
     def problems(self) -> tuple[str, ...]:
         """What was not understood, and what is promised and not there."""
-        header, inner = self.header.version, self.content.manifest.version
-        contradiction = f"the header says version {header}, the manifest {inner}"
-        return (*self.content.problems, *self.content.missing, *([contradiction] if header != inner else []))
+        header, inner = self.header, self.content.manifest.version
+        problems = [*self.content.problems, *self.content.missing]
+        if header.version != inner:
+            problems.append(f"the header says version {header.version}, the manifest {inner}")
+        if header.decompressor and sum(header.decompressor) != header.skip:
+            first, size = header.decompressor
+            problems.append(f"{size} lines of decompressor from line {first} on do not end at line {header.skip}")
+        return tuple(problems)
 
     def to_json(self) -> dict[str, Any]:
         """The findings as a JSON document."""
@@ -101,8 +106,7 @@ def run(
     as_json: bool = False,
     differences: bool = False,
 ) -> None:
-    """Probe a package, by file or by version, and print what was found; on standard output, as JSON or Markdown if so
-    asked.
+    """Probe a package, by file or version, and print what was found: for people, or on standard output for machines.
 
     Raises BuildError where it is damaged, or not understood in every field.
     """
@@ -124,9 +128,11 @@ def run(
 
 
 def find(package: str, arch: Arch | None, base_url: str, cache: Cache, report: Reporter) -> Path:
-    """The file of a package: the one that is named, or the one of a version (for amd64, unless told otherwise) from
-    where NVIDIA_BASE_URL leads."""
-    path = Path(package).expanduser()
+    """The file of a package: the one that is named, or a version's from where NVIDIA_BASE_URL leads.
+
+    ``arch`` None is amd64. Raises ConfigurationError for what is neither a file nor a version.
+    """
+    path = Path(package)
     if path.is_file():
         return path
     if not re.fullmatch(r"\d+(\.\d+)+", package):

@@ -102,10 +102,9 @@ def read_header(path: Path) -> RunHeader:
     if not re.match(rb"#!\s*/\S*sh\b", first):
         raise BuildError(path.name, "is not a driver package", got=_looks_like(head), hint=_AGAIN)
     values = _assignments(head)
-    # What looks like an assignment behind the script is decompressor or payload.
-    ends = [int(values[name]) for name in ("skip", "skip_decompress") if re.fullmatch(_LINE, values.get(name, ""))]
-    if ends:
-        values = _assignments(b"\n".join(head.split(b"\n")[: max(0, min(ends) - 1)]))
+    if re.fullmatch(_LINE, values.get("skip", "")):
+        # What looks like an assignment behind the script is payload.
+        values = _assignments(b"\n".join(head.split(b"\n")[: int(values["skip"]) - 1]))
     problems = [
         f"{name}={values[name]}" if name in values else f"no {name}="
         for name, pattern in (
@@ -115,7 +114,7 @@ def read_header(path: Path) -> RunHeader:
             ("TARGET_ARCH", r"\S+"),
             ("CRCsum", r"\d{0,10}"),
             ("MD5", r"[0-9A-Fa-f]{32}|0*"),
-            ("skip_decompress", rf"({_LINE})?"),
+            ("skip_decompress", r"\d{0,9}"),
             ("size_decompress", r"\d{0,9}"),
         )
         if not re.fullmatch(pattern, values.get(name, "" if name in _MAY_LACK else "\n"))
@@ -134,8 +133,8 @@ def read_header(path: Path) -> RunHeader:
         machine=values["TARGET_ARCH"],
         label=values.get("label", ""),
         targetdir=values.get("targetdir", ""),
-        decompressor=(int(values["skip_decompress"]), int(values.get("size_decompress") or 0))
-        if values.get("skip_decompress")
+        decompressor=(first, int(values.get("size_decompress") or 0))
+        if (first := int(values.get("skip_decompress") or 0))
         else None,
     )
 

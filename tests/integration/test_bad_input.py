@@ -23,7 +23,6 @@ from builds.record import Record
 
 from .conftest import ROOT, Built, Cli, environment
 
-
 Spoil = Callable[[Path, Path], None]
 
 

@@ -1,4 +1,4 @@
-"""Driver packages as the lab makes them of Debian's: three branches in three forms, each understood to the last field."""
+"""Driver packages as the lab makes them of Debian's: three branches, three forms, each understood to the last field."""
 
 from __future__ import annotations
 

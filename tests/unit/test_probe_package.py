@@ -154,6 +154,14 @@ def test_header_and_manifest_speak_of_one_version(probe: Any, tmp_path: Path) ->
     assert f"the header says version {V}, the manifest 550.54.15" in said
 
 
+def test_a_decompressor_ends_where_the_payload_starts(probe: Any, tmp_path: Path) -> None:
+    text = package.manifest(V, Arch.AMD64, LINES)
+    payload = COMPRESS["xz"](tar_of({".manifest": text.encode()}))
+    path = write_package(tmp_path / "x.run", payload, version=V, decompressor=b"#!/bin/sh\n", sums=False)
+    path.write_bytes(path.read_bytes().replace(b"size_decompress=1", b"size_decompress=7"))
+    assert "7 lines of decompressor from line 16 on do not end at line 17" in probe(path)[2]
+
+
 def test_a_package_without_checksums_of_its_own_is_read_and_said_to_be_one(probe: Any, tmp_path: Path) -> None:
     text = package.manifest(V, Arch.AMD64, LINES)
     files = {line.path: elf_library(None) if ".so" in line.path else b"x" for line in LINES if line.mode}
