@@ -6,7 +6,9 @@ import itertools
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import nox
 
@@ -26,32 +28,53 @@ SCRIPTS = (
     ".ci/run",
 )
 nox.options.default_venv_backend = "none"
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _cells() -> tuple[list[Cell], list[Cell]]:
-    """The cells that the command line names in full, such as ``build(<cell id>)``, and those that are selected."""
+def _named() -> list[tuple[str, str]]:
+    """The sessions that the command line names with their cell, such as ``build(<cell id>)``."""
     ours = itertools.takewhile(lambda argument: argument != "--", sys.argv[1:])
-    named = [found[1] for argument in ours if (found := re.fullmatch(r"[a-z-]+\(([^()]+)\)", argument))]
+    found = (re.fullmatch(r"([a-z-]+)\(([^()]+)\)", argument) for argument in ours)
+    return [(match[1], match[2]) for match in found if match]
+
+
+def _cells(named: list[tuple[str, str]]) -> tuple[list[Cell], list[Cell]]:
+    """The cells that are named, and those that are selected."""
     try:
-        return [matrix.find(text) for text in dict.fromkeys(named)], list(matrix.select(os.environ))
+        return [matrix.find(text) for text in dict.fromkeys(text for _, text in named)], [*matrix.select(os.environ)]
     except HarnessError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(int(error.kind))
 
 
-NAMED, SELECTED = _cells()
+NAMED, SELECTED = _cells(_named())
 CELLS = list(dict.fromkeys([*SELECTED, *NAMED]))
-per_cell = nox.parametrize("cell", [nox.param(cell.id, id=cell.id) for cell in CELLS])
+LISTED_ONCE = len(CELLS) > 16 and set(sys.argv[1:]) in ({"-l"}, {"--list"})
+"""A list of many cells names each of them with one session only."""
+
+
+def _parametrize(cells: list[Cell]) -> Callable[[F], F]:
+    parameters: Callable[[F], F] = nox.parametrize("cell", [nox.param(cell.id, id=cell.id) for cell in cells])
+    return parameters
+
+
+def per_cell(session: F) -> F:
+    """One session a cell."""
+    return session if LISTED_ONCE and session.__name__ != "build" else _parametrize(CELLS)(session)
 
 
 def _builds(session: nox.Session, verb: str, *arguments: str) -> None:
+    """Run a verb. Of several selected cells, those that rules exclude are no failure; of one that is named it is."""
+    if len(SELECTED) > 1 and not NAMED:
+        arguments = (*arguments, "--among-others")
     session.run(sys.executable, "-m", "builds", verb, *arguments, *session.posargs, external=True)
 
 
 @nox.session
 def setup(session: nox.Session) -> None:
-    """Make a Debian machine ready: container engine, mmdebstrap. Runs only when named."""
-    session.run(sys.executable, "-m", "builds", "setup", external=True)
+    """Make a Debian machine ready: container engine, mmdebstrap; with TARGET_ARCH or -- --arch emulators as well."""
+    arches = re.findall(r"--arch[= ](\S+)", " ".join(session.posargs))  # what else is there is for other sessions
+    session.run(sys.executable, "-m", "builds", "setup", *(f"--arch={arch}" for arch in arches), external=True)
 
 
 @nox.session(default=False)
@@ -61,11 +84,20 @@ def lab(session: nox.Session, cell: str) -> None:
     _builds(session, "lab", cell)
 
 
-@nox.session(default=False)
-@per_cell
-def plan(session: nox.Session, cell: str) -> None:
-    """Show what a cell depends on: inputs, kernel, keys, tags, rules. -- --json for machines."""
-    _builds(session, "plan", cell)
+if planned := [matrix.find(text) for verb, text in _named() if verb == "plan"]:
+
+    @nox.session(default=False)
+    @_parametrize(planned)
+    def plan(session: nox.Session, cell: str) -> None:
+        """Show what a cell depends on: inputs, kernel, keys, tags, rules. -- --json for machines."""
+        _builds(session, "plan", cell)
+
+else:
+
+    @nox.session(default=False)
+    def plan(session: nox.Session) -> None:
+        """Show what one cell depends on, or what becomes of many, offline. -- --json, -- --ci for machines."""
+        _builds(session, "plan", *(cell.id for cell in NAMED))
 
 
 @nox.session(name="build-driver", default=False)
@@ -104,6 +136,12 @@ def verify(session: nox.Session, cell: str) -> None:
         _builds(session, "verify", *([cell] if NAMED else []))
 
 
+@nox.session(name="lab-matrix", default=False)
+def lab_matrix(session: nox.Session) -> None:
+    """Build and verify the lab's representative cells, and prove its rules; half an hour. -- CELL… for others."""
+    session.run(sys.executable, "-m", "builds", "lab-matrix", *session.posargs, external=True)
+
+
 @nox.session(default=False)
 @per_cell
 def push(session: nox.Session, cell: str) -> None:
@@ -120,7 +158,7 @@ def probe_package(session: nox.Session) -> None:
 @nox.session(default=False)
 def summary(session: nox.Session) -> None:
     """Print digest, size, times and checks of the selected cells."""
-    session.run(sys.executable, "-m", "builds", "summary", *(cell.id for cell in NAMED or SELECTED), external=True)
+    session.run(sys.executable, "-m", "builds", "summary", *(cell.id for cell in NAMED), external=True)
 
 
 def _lint(session: nox.Session) -> None:
@@ -153,7 +191,11 @@ def unit(session: nox.Session) -> None:
 def test(session: nox.Session) -> None:
     """Run all tests: linters, unit tests, and lab, build and verify for real."""
     _lint(session)
-    session.run(sys.executable, "-m", "pytest", "tests/unit", "tests/integration", *session.posargs, external=True)
+    # A file's tests share what they build; of two files at once, one waits for processes while the other computes.
+    workers = ("-n", "2", "--dist", "loadfile")
+    session.run(
+        *(sys.executable, "-m", "pytest", *workers, "tests/unit", "tests/integration", *session.posargs), external=True
+    )
 
 
 @nox.session(default=False)

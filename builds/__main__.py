@@ -12,12 +12,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from . import __version__, errors
+from . import __version__, errors, outlook
 from . import settings as configuration
 from .console import Reporter
-from .errors import ConfigurationError, HarnessError, InfrastructureError
+from .errors import ConfigurationError, ExcludedError, HarnessError, InfrastructureError
 from .model import Arch, Cell
+
+if TYPE_CHECKING:
+    from .plan import ModuleSet
 
 _EPILOG = """\
 Cells are named in full (570.172.08-1877.3-amd64-cloud) or selected by DRIVER_VERSION, GL_VERSION, TARGET_ARCH and
@@ -91,21 +95,43 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument(flag, metavar="VALUE", help=f"{row.help} [{row.variable}]".replace("%", "%%"))
         if cells:
             added.add_argument("cells", nargs="*", metavar="CELL", help="cell ids")
+            added.add_argument(
+                "--among-others", action="store_true", help="the cells are some of many: excluded ones are no failure"
+            )
         return added
 
-    verb("setup", _setup, "make a Debian machine ready: container engine, mmdebstrap", cells=False)
+    setup = verb("setup", _setup, "make a Debian machine ready: container engine, mmdebstrap, emulators", cells=False)
+    setup.add_argument(
+        "--arch",
+        action="append",
+        choices=[*map(str, Arch)],
+        help="also to run programs of this architecture; default: those that TARGET_ARCH selects",
+    )
     verb("lab", _lab, "make the inputs of lab cells from Debian's archive, anew where it has newer packages")
     verb("list", _list, "print the ids of the selected cells")
-    plan = verb("plan", _plan, "print what the selected cells depend on: inputs, kernel, keys, tags, rules")
+    plan = verb("plan", _plan, "print what one cell depends on, or what becomes of many, offline")
     plan.add_argument("--json", action="store_true", help="as JSON on standard output")
+    plan.add_argument("--offline", action="store_true", help="of one cell, too, only what becomes of it")
+    plan.add_argument(
+        "--ci",
+        nargs="?",
+        metavar="JOBS",
+        type=_jobs,
+        const=outlook.JOBS,
+        help="share the cells out among CI jobs, at most so many (%(const)s): a matrix as GitHub takes it",
+    )
     verb("build-driver", _build_driver, "compile the kernel modules")
     verb("build-image", _build_image, "pack the image from compiled modules")
     verb("build", _build, "compile and pack")
+    verb("lab-matrix", _lab_matrix, "build and verify cells in one go, and prove the rules that leave something out")
     verify = verb("verify", _verify, "prove the image right; builds first what is missing")
     verify.add_argument("--image", metavar="REF", help="an image that is there already: oci:<folder>, or in a registry")
     verify.add_argument("--cell", metavar="CELL", help="the cell of --image, where its tag does not say it")
     verify.add_argument("--record", metavar="FILE", help="repeat what a record tells of, and show what differs")
-    verb("push", _push, "put verified images into the repository that IMAGE_PATH names, byte for byte")
+    push = verb("push", _push, "put verified images into the repository that IMAGE_PATH names, byte for byte")
+    push.add_argument(
+        "--drop-builds", action="store_true", help="let tags lose kernel builds that their images have modules for"
+    )
     probe = verb(
         "probe-package", _probe_package, "read a driver package and say whether every field is understood", cells=False
     )
@@ -136,15 +162,26 @@ def _cells(options: argparse.Namespace) -> tuple[Cell, ...]:
 
 
 def _each(options: argparse.Namespace, report: Reporter, step: Callable[..., object]) -> int:
-    """Do a step for each selected cell; go on after a failed one, and end with the first failure's status."""
+    """Do a step for each selected cell; go on after a failed one, and end with the first failure's status.
+
+    A cell that rules exclude is a failure only where it is asked for alone.
+    """
     from . import pipeline
 
-    status = 0
-    for cell in _cells(options):
+    status, cells = 0, _cells(options)
+    for number, cell in enumerate(cells, 1):
+        if len(cells) > 1:
+            report.say(f"[{number} of {len(cells)}] {cell}", style="bold")
         try:
             step(pipeline.start(cell, _settings(options), report))
         except BrokenPipeError:
             raise
+        except ExcludedError as error:
+            if len(cells) > 1 or options.among_others:
+                report.say(f"  {error.fact}: {error.got}", style="yellow")
+            else:
+                report.fail(error)
+                status = int(error.kind)
         except Exception as error:  # noqa: BLE001  # the other cells have nothing to do with it
             problem = _problem(error)
             report.fail(problem)
@@ -152,10 +189,11 @@ def _each(options: argparse.Namespace, report: Reporter, step: Callable[..., obj
     return status
 
 
-def _setup(_options: argparse.Namespace, report: Reporter) -> None:
-    from . import hostsetup
+def _setup(options: argparse.Namespace, report: Reporter) -> None:
+    from . import hostsetup, matrix
 
-    hostsetup.prepare(report)
+    arches = map(Arch, options.arch) if options.arch else {cell.arch for cell in matrix.select(os.environ)}
+    hostsetup.prepare(report, arches)
 
 
 def _lab(options: argparse.Namespace, report: Reporter) -> None:
@@ -169,7 +207,36 @@ def _list(options: argparse.Namespace, _report: Reporter) -> None:
         print(cell)
 
 
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= outlook.JOBS:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to {outlook.JOBS}, got {text!r}")
+    return int(text)
+
+
 def _plan(options: argparse.Namespace, report: Reporter) -> int:
+    cells = _cells(options)
+    if len(cells) > 1 or options.offline or options.ci:
+        return _plan_offline(options, cells, report)
+    return _plan_in_depth(options, report)
+
+
+def _plan_offline(options: argparse.Namespace, cells: Sequence[Cell], report: Reporter) -> int:
+    from . import matrix
+
+    out = configuration.resolve(options=_settings(options)).out_dir
+    found = outlook.make(matrix.load_all(), cells, outlook.on_this_machine(out, cells))
+    if options.ci:
+        outlook.refuse(found.collisions)
+        print(json.dumps(outlook.ci_matrix(outlook.groups(found, options.ci))))
+    elif options.json:
+        print(json.dumps(found.to_json(), indent=1, sort_keys=True))
+    else:
+        outlook.show(found, report)
+    outlook.refuse(found.collisions)
+    return 0
+
+
+def _plan_in_depth(options: argparse.Namespace, report: Reporter) -> int:
     from . import pipeline
 
     plans = []
@@ -179,12 +246,11 @@ def _plan(options: argparse.Namespace, report: Reporter) -> int:
     else:
         for plan in plans:
             rows = [
-                ("kernel", f"{plan.kernel.build.release} ({plan.kernel.build.package})"),
-                ("kmodbuild", f"{plan.kmodbuild.reference} {plan.kmodbuild.digest[:19]}"),
+                *(row for one in plan.sets for row in _shown(one)),
                 ("base", f"{plan.base.reference} {plan.base.digest[:19]}"),
-                ("driver package", f"{plan.package.name} {plan.package.sha256[:12]}"),
-                *((f"{name} modules", key[:12]) for name, key in plan.modules.items()),
-                *((f"{name} modules", f"absent by rule: {reason}") for name, reason in plan.absent.items()),
+                ("driver package", f"{plan.package.name} {plan.package.sha256[:12]} ({plan.package.checksum})"),
+                *((name, f"{one.version} {one.sha256[:12]}") for name, one in plan.components.items()),
+                *((name, f"absent by rule: {reason}") for name, reason in plan.components_absent.items()),
                 ("user space", plan.userspace[:12]),
                 ("image", plan.image[:12]),
                 *((f"tag ({tag.kind})", tag.name) for tag in plan.tags),
@@ -192,6 +258,17 @@ def _plan(options: argparse.Namespace, report: Reporter) -> int:
             ]
             report.table(plan.cell.id, ("part", "what"), rows)
     return status
+
+
+def _shown(one: ModuleSet) -> list[tuple[str, str]]:
+    """What a plan says of a module set."""
+    build = one.kernel.build
+    return [
+        ("kernel", f"{build.release} ({build.package}), of {', '.join(one.releases)}"),
+        ("kmodbuild", f"{one.kmodbuild.reference} {one.kmodbuild.digest[:19]}"),
+        *((f"{name} modules", key[:12]) for name, key in one.modules.items()),
+        *((f"{name} modules", f"absent by rule: {reason}") for name, reason in one.absent.items()),
+    ]
 
 
 def _build_driver(options: argparse.Namespace, report: Reporter) -> int:
@@ -210,6 +287,13 @@ def _build(options: argparse.Namespace, report: Reporter) -> int:
     from . import pipeline
 
     return _each(options, report, pipeline.build)
+
+
+def _lab_matrix(options: argparse.Namespace, report: Reporter) -> None:
+    from . import lab_matrix, matrix, pipeline
+
+    cells = tuple(map(matrix.find, options.cells)) or matrix.representative()
+    lab_matrix.walk([pipeline.start(cell, _settings(options), report) for cell in cells], report)
 
 
 def _verify(options: argparse.Namespace, report: Reporter) -> int:
@@ -238,7 +322,7 @@ def _verify(options: argparse.Namespace, report: Reporter) -> int:
 def _push(options: argparse.Namespace, report: Reporter) -> int:
     from . import pipeline
 
-    return _each(options, report, pipeline.push)
+    return _each(options, report, lambda run: pipeline.push(run, drop_builds=options.drop_builds))
 
 
 def _probe_package(options: argparse.Namespace, report: Reporter) -> None:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from . import engine as engines
 from . import oci, recipes, runfile, userspace
 from .cache import Cache, is_whole, key_of, publish
 from .console import Reporter
-from .engine import Engine
-from .errors import BuildError, InfrastructureError
-from .model import MODULES, ModuleType
-from .plan import Inputs, Plan
+from .engine import Engine, Execution
+from .errors import BuildError
+from .model import MODULES, Arch, ModuleType
+from .plan import Inputs, ModuleSet, Plan
 
 LOG = "build.log"
 """The build log, beside the modules."""
@@ -40,7 +41,7 @@ def driver_tree(plan: Plan, inputs: Inputs, cache: Cache, report: Reporter) -> P
             header = runfile.read_header(inputs.package)
             with report.bytes("unpack", None) as advance:
                 runfile.unpack(inputs.package, header, folder, progress=advance)
-            userspace.selection(folder, plan.cell.arch)
+            userspace.selection(folder, {}, plan.cell.arch)
 
     key = key_of(package=plan.package.sha256, recipe=recipes.DRIVER_TREE)
     return cache.make("driver", key, unpack, proven=True)[0]
@@ -48,6 +49,7 @@ def driver_tree(plan: Plan, inputs: Inputs, cache: Cache, report: Reporter) -> P
 
 def modules(
     plan: Plan,
+    of: ModuleSet,
     inputs: Inputs,
     module_type: ModuleType,
     *,
@@ -64,12 +66,12 @@ def modules(
 
     def build(folder: Path) -> None:
         with report.step(f"compile {module_type}") as step:
-            _compile(plan, inputs, module_type, folder, engine, cache, jobs, logs, report)
-            step.note(f"{len(MODULES)} modules for {plan.kernel.build.release}")
+            _compile(plan, of, inputs, module_type, folder, engine, cache, jobs, logs, report)
+            step.note(f"{len(MODULES)} modules for {of.kernel.build.release} ({of.kernel.build.package})")
 
     made, _ = cache.make(
         "modules",
-        plan.modules[module_type],
+        of.modules[module_type],
         build,
         waiting=lambda: report.say(f"  waiting for another run that compiles {module_type}"),
         proven=True,
@@ -84,8 +86,58 @@ def load_kmodbuild(engine: Engine, image: oci.Image, report: Reporter) -> str:
     return name
 
 
+def way(of: ModuleSet, inputs: Inputs, engine: Engine) -> str:
+    """How modules are compiled in a set's kmodbuild image, in a few words.
+
+    Raises InfrastructureError where the engine does not run the image's programs, with what makes it.
+    """
+    runs_on = Arch(inputs.sets[of.id].kmodbuild.config["architecture"])
+    how = engines.execution(engine, runs_on)
+    if how is Execution.EMULATED:
+        return f"emulated: the compiler is a program for {runs_on}, which takes some 20 times as long"
+    return f"cross-compiled by {of.kernel.cross}gcc on {runs_on}" if of.kernel.cross else "native"
+
+
+def small(
+    plan: Plan,
+    of: ModuleSet,
+    inputs: Inputs,
+    sources: Mapping[str, str],
+    folder: Path,
+    *,
+    engine: Engine,
+    report: Reporter,
+) -> None:
+    """Compile a few sources of ours in a set's kmodbuild container; what their ``compile.sh`` leaves in ``/out``, and
+    the log, come to ``folder``. Raises BuildError with the compiler's first error.
+    """
+    image = load_kmodbuild(engine, inputs.sets[of.id].kmodbuild, report)
+    log = folder / LOG
+    with engines.container(engine, image, ["/bin/sh", "/src/compile.sh"], environment=_variables(plan, of)) as made:
+        for name, text in sources.items():
+            engines.put_file(made, f"/src/{name}", text.encode())
+        if status := engines.run(made, log):
+            raise BuildError(
+                f"compile for {of.kernel.build.release}",
+                f"the build ended with status {status}",
+                got=first_error(log.read_text(errors="replace")),
+            )
+        engines.get_tree(made, "/out", folder)
+
+
+def _variables(plan: Plan, of: ModuleSet) -> dict[str, str]:
+    """What a build in the kmodbuild container is told of kernel and compiler, in the words of the kernel's Makefile.
+
+    The headers may say so too, but the vendor's Makefile takes for the target what ``uname -m`` says.
+    """
+    kernel = of.kernel
+    told = {"ARCH": plan.cell.arch.kbuild, "SYSSRC": kernel.source, "SYSOUT": kernel.output}
+    return {**told, "CROSS_COMPILE": kernel.cross} if kernel.cross else told
+
+
 def _compile(
     plan: Plan,
+    of: ModuleSet,
     inputs: Inputs,
     module_type: ModuleType,
     folder: Path,
@@ -96,14 +148,7 @@ def _compile(
     report: Reporter,
 ) -> None:
     repeat = f'nox -s "build-driver({plan.cell})"'
-    if not engines.native(engine, plan.cell.arch):
-        raise InfrastructureError(
-            f"cell {plan.cell}",
-            f"its compiler runs on {plan.cell.arch}",
-            got=f"an engine for {engine.arch}",
-            hint="let DOCKER_HOST name an engine of that architecture",
-            repeat=repeat,
-        )
+    report.say(f"  {module_type}: {way(of, inputs, engine)}")
     sources = driver_tree(plan, inputs, cache, report) / module_type.source_folder
     if not (sources / "Makefile").is_file():
         raise BuildError(
@@ -112,17 +157,16 @@ def _compile(
             got=f"no {module_type.source_folder}/Makefile",
             hint="an exclusion rule states a type's absence and its reason",
         )
-    image = load_kmodbuild(engine, inputs.kmodbuild, report)
-    log = logs / f"compile-{module_type}.log"
+    image = load_kmodbuild(engine, inputs.sets[of.id].kmodbuild, report)
+    log = logs / f"compile-{of.id}-{module_type}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text(f"# {plan.cell} {module_type}; repeat: {repeat}\n")
-    conftest = _conftest_key(plan, sources)
+    conftest = _conftest_key(plan, of, sources)
     environment = {
+        **_variables(plan, of),
         "FOLDER": module_type.source_folder,
         "JOBS": str(jobs),
-        "SYSSRC": plan.kernel.source,
-        "SYSOUT": plan.kernel.output,
-        "KERNEL": plan.kernel.build.release,
+        "KERNEL": of.kernel.build.release,
         "MODULES": " ".join(MODULES),
     }
     script = recipes.HERE / "compile.sh"
@@ -149,7 +193,7 @@ def _compile(
     if missing:
         raise BuildError(f"compile {plan.cell} {module_type}", "modules are missing", got=", ".join(missing))
     shutil.copyfile(log, folder / LOG)
-    (folder / _KEY).write_text(plan.modules[module_type])
+    (folder / _KEY).write_text(of.modules[module_type])
 
 
 def first_error(log: str) -> str:
@@ -158,7 +202,7 @@ def first_error(log: str) -> str:
     return next((line.strip() for line in lines if _ERROR.search(line)), lines[-1].strip() if lines else "an empty log")
 
 
-def _conftest_key(plan: Plan, sources: Path) -> str:
+def _conftest_key(plan: Plan, of: ModuleSet, sources: Path) -> str:
     """Key of the vendor's compile tests: some 300 tiny compiles whose results both types share.
 
     They depend on the test script, the kernel's headers and the compiler.
@@ -166,8 +210,8 @@ def _conftest_key(plan: Plan, sources: Path) -> str:
     return key_of(
         script=hashlib.sha256((sources / "conftest.sh").read_bytes()).hexdigest(),
         package=plan.package.sha256,
-        kernel=plan.kernel.build.digest,
-        compiler=plan.kernel.compiler,
+        kernel=of.kernel.build.digest,
+        compiler=of.kernel.compiler,
         recipe=recipes.CONFTEST,
     )
 

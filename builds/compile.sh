@@ -8,8 +8,10 @@ cd "/src/$FOLDER"
 [ ! -d /src/conftest ] || cp -a /src/conftest .
 
 # -g0 comes after the kernel's own -g: what debug information costs to make would be stripped below anyway.
+# Without CROSS_COMPILE the tools are the image's own.
 make -j"$JOBS" modules \
-  SYSSRC="$SYSSRC" SYSOUT="$SYSOUT" KERNEL_UNAME="$KERNEL" KCFLAGS=-g0
+  SYSSRC="$SYSSRC" SYSOUT="$SYSOUT" KERNEL_UNAME="$KERNEL" KCFLAGS=-g0 \
+  ARCH="$ARCH" ${CROSS_COMPILE:+CROSS_COMPILE="$CROSS_COMPILE"}
 
 mkdir -p /out/modules
 for module in $MODULES; do
@@ -17,6 +19,6 @@ for module in $MODULES; do
     echo "compile.sh: error: make succeeded but $module.ko is missing" >&2
     exit 1
   fi
-  strip --strip-debug -o "/out/modules/$module.ko" "$module.ko"
+  "${CROSS_COMPILE:-}strip" --strip-debug -o "/out/modules/$module.ko" "$module.ko"
 done
 cp -a conftest /out/conftest

@@ -7,6 +7,8 @@ is gone.
 
 from __future__ import annotations
 
+import enum
+import hashlib
 import io
 import json
 import os
@@ -24,7 +26,7 @@ import requests
 from docker.errors import APIError, DockerException, ImageNotFound
 from docker.models.containers import Container
 
-from . import oci, tars
+from . import emulation, oci, tars
 from .cache import CHUNK, disk_errors
 from .console import Reporter
 from .errors import InfrastructureError
@@ -190,9 +192,68 @@ def run(made: Container, log: Path, line: object = None) -> int:
     return int(made.wait()["StatusCode"])
 
 
-def native(engine: Engine, arch: Arch) -> bool:
-    """Whether the engine runs programs of an architecture without emulation."""
-    return engine.arch in (str(arch), arch.machine)
+class Execution(enum.StrEnum):
+    """How an engine runs programs of an architecture."""
+
+    NATIVE = "native"
+    EMULATED = "emulated"
+
+
+def execution(engine: Engine, arch: Arch) -> Execution:
+    """How the engine runs programs of an architecture; whether it can emulate it is found out by trying.
+
+    Raises InfrastructureError, with what makes it, where it cannot.
+    """
+    if engine.arch in (str(arch), arch.machine):
+        return Execution.NATIVE
+    name = f"gardenlinux-nvidia-builds/probe:{arch}-{os.getpid()}"
+    try:
+        list(engine.client.api.load_image(_probe(arch, name)))  # type: ignore[no-untyped-call]  # streamed
+        with container(engine, name, ["/program"]) as made:
+            made.start()
+            ended = f"status {made.wait()['StatusCode']}"
+    except (InfrastructureError, DockerException, requests.RequestException) as error:  # the runtime refuses it
+        ended = _said(error)
+    finally:
+        with suppress(DockerException, requests.RequestException):
+            engine.client.images.remove(name, force=True)
+    if ended != "status 0":
+        raise InfrastructureError(
+            "container engine",
+            f"runs no programs for {arch}",
+            got=f"an engine for {engine.arch}, where one ends with {ended}",
+            hint=f"{emulation.hint(arch)}; or let DOCKER_HOST name an engine for {arch}",
+        )
+    return Execution.EMULATED
+
+
+def _probe(arch: Arch, name: str) -> bytes:
+    """The archive of an image that holds one small program."""
+
+    def archive(members: Mapping[str, bytes]) -> bytes:
+        spool = io.BytesIO()
+        with tarfile.open(fileobj=spool, mode="w") as tar:
+            for path, content in members.items():
+                info = tarfile.TarInfo(path)
+                info.size, info.mode = len(content), 0o755
+                tar.addfile(info, io.BytesIO(content))
+        return spool.getvalue()
+
+    layer = archive({"program": emulation.program(arch)})
+    config = {
+        "architecture": str(arch),
+        "os": "linux",
+        "config": {},
+        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"]},
+    }
+    manifest = [{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]
+    return archive(
+        {
+            "layer.tar": layer,
+            "config.json": json.dumps(config).encode(),
+            "manifest.json": json.dumps(manifest).encode(),
+        }
+    )
 
 
 def _candidates(tried: list[str]) -> Iterator[docker.DockerClient]:

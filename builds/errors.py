@@ -59,6 +59,10 @@ class ConfigurationError(HarnessError):
     kind = Kind.CONFIGURATION
 
 
+class ExcludedError(ConfigurationError):
+    """A cell of which rules of the matrix leave nothing to build: wrong to ask for, but no failure among others."""
+
+
 class BuildError(HarnessError):
     """A build cannot give its output: the compiler failed, a package is damaged, a checksum differs."""
 

@@ -1,4 +1,4 @@
-"""Make a bare Debian machine ready: a container engine that answers, and the commands that the lab needs.
+"""Make a bare Debian machine ready: a container engine that answers, the commands that the lab needs, emulators.
 
 Runs only when named; says what it installs and does nothing where nothing is missing.
 """
@@ -9,19 +9,22 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from . import engine
+from . import emulation, engine
 from .console import Reporter
 from .errors import InfrastructureError
+from .model import Arch
 
 _WAIT = 60  # seconds until a started engine must answer
 _PID_FILES = (Path("/var/run/docker.pid"), Path("/var/run/docker/containerd/containerd.pid"))
 _ENGINE_LOG = Path("/var/log/dockerd.log")
+_BINFMT = Path("/proc/sys/fs/binfmt_misc")
+_BINFMT_D = (Path("/usr/lib/binfmt.d"), Path("/etc/binfmt.d"))  # descriptions as the kernel reads them
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,15 @@ NEEDS = (
     Need("dpkg-deb", ("dpkg",), "the lab's driver package"),
 )
 ENGINE = Need("dockerd", ("docker.io", "iptables", "ca-certificates"), "a container engine")
+EMULATOR = Need("qemu-{machine}-static", ("qemu-user-static",), "programs for {arch}")
 CLIENT = Need("docker", ("docker-cli", "docker.io"), "checks that run inside a container")
 
 
-def prepare(report: Reporter) -> None:
-    """Install and start what is missing. Raises InfrastructureError where that needs another user or fails."""
+def prepare(report: Reporter, arches: Iterable[Arch] = ()) -> None:
+    """Install and start what is missing, also to run programs of some architectures.
+
+    Raises InfrastructureError where that needs another user or fails.
+    """
     answering = _answering()
     if not answering and (host := os.environ.get("DOCKER_HOST")):
         raise InfrastructureError(
@@ -67,9 +74,10 @@ def prepare(report: Reporter) -> None:
     if not shutil.which(CLIENT.command):
         needs.append(_first_known(CLIENT))
         _install(needs[-1:], report)
+    emulated = [arch for arch in sorted(set(arches)) if _emulate(arch, report)]
     if answering:
         report.say(f"  container engine {answering.version} at {answering.url}", style="green")
-    report.say("  ready" if needs or started else "  nothing is missing", style="green")
+    report.say("  ready" if needs or started or emulated else "  nothing is missing", style="green")
 
 
 def _answering() -> engine.Engine | None:
@@ -95,6 +103,48 @@ def _install(needs: Sequence[Need], report: Reporter) -> None:
     with report.step(f"apt-get install {' '.join(packages)}"):
         for command in (["apt-get", "update"], install):
             _run(command)
+
+
+def _emulate(arch: Arch, report: Reporter) -> bool:
+    """See to it that this machine runs programs of an architecture; whether something had to be done.
+
+    An emulator must be registered so that it works in containers, which do not have it: by ``binfmt_misc`` with its
+    flag F, as Debian's packages describe it. They register it themselves only where systemd runs.
+    """
+    if emulation.host_runs(arch):
+        return False
+    command = EMULATOR.command.format(machine=arch.machine)
+    if not shutil.which(command):
+        _install([Need(command, EMULATOR.packages, EMULATOR.why.format(arch=arch))], report)
+    if os.geteuid() != 0:
+        raise InfrastructureError("setup", "registering an emulator needs root", got=f"uid {os.geteuid()}")
+    name = f"qemu-{arch.machine}"
+    with report.step(f"register {name}"):
+        if not (_BINFMT / "register").exists():
+            _run(["mount", "-t", "binfmt_misc", "binfmt_misc", str(_BINFMT)])
+        description = next((place / f"{name}.conf" for place in _BINFMT_D if (place / f"{name}.conf").is_file()), None)
+        try:
+            if description and not (_BINFMT / name).exists():
+                (_BINFMT / "register").write_bytes(description.read_bytes().strip())
+        except OSError as error:
+            raise InfrastructureError(name, "cannot be registered with the kernel", got=error.strerror) from error
+        if not emulation.host_runs(arch):
+            raise InfrastructureError(
+                name,
+                f"is registered and programs for {arch} do not run" if description else "has no description",
+                got=_registered(name),
+                hint=f"its registration in {_BINFMT} must be enabled and have the flag F; "
+                f"`echo -1 > {_BINFMT / name}` removes it, then run setup again",
+            )
+    return True
+
+
+def _registered(name: str) -> str:
+    """What the kernel says of a registered emulator."""
+    try:
+        return "; ".join((_BINFMT / name).read_text().splitlines()[:3])
+    except OSError:
+        return "no registration"
 
 
 def _run(command: Sequence[str]) -> None:

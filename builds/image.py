@@ -24,6 +24,9 @@ PREFIX = "io.gardenlinux.nvidia"
 """Prefix of our own labels."""
 
 _DOCKER_LAYERS = {"application/vnd.docker.image.rootfs.diff.tar.gzip": oci.LAYER_GZIP}
+Compiled = Mapping[str, Mapping[ModuleType, Path]]
+"""Folders of compiled modules, by module set and type."""
+
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -32,21 +35,21 @@ def labels(plan: Plan) -> dict[str, str]:
 
     Not the Garden Linux release: an image depends on the kernel build, whichever release ships it.
     """
-    build = plan.kernel.build
+    builds = sorted((one.kernel.build for one in plan.sets), key=lambda build: (build.package, build.digest))
     return {
         "org.opencontainers.image.title": "NVIDIA driver",
         "org.opencontainers.image.description": (
-            f"Precompiled NVIDIA {plan.cell.driver} kernel modules for {build.release}, run by the GPU Operator"
+            f"Precompiled NVIDIA {plan.cell.driver} kernel modules for {plan.kernel_release}, run by the GPU Operator"
         ),
         "org.opencontainers.image.version": plan.cell.driver,
         "org.opencontainers.image.vendor": "Garden Linux",
         "org.opencontainers.image.licenses": "LicenseRef-NVIDIA AND Apache-2.0",
         "org.opencontainers.image.base.digest": plan.base.digest,
         f"{PREFIX}.driver-version": plan.cell.driver,
-        f"{PREFIX}.kernel": build.release,
-        f"{PREFIX}.kernel-build": build.digest,
-        f"{PREFIX}.kernel-package": build.package,
-        f"{PREFIX}.module-types": ",".join(sorted(plan.modules)),
+        f"{PREFIX}.kernel": plan.kernel_release,
+        f"{PREFIX}.kernel-build": ",".join(build.digest for build in builds),
+        f"{PREFIX}.kernel-package": ",".join(build.package for build in builds),
+        f"{PREFIX}.module-types": ",".join(plan.types),
         f"{PREFIX}.plan-key": plan.image,
     }
 
@@ -74,7 +77,7 @@ def assemble(
     plan: Plan,
     base: Image,
     userspace: StoredLayer,
-    modules: Mapping[ModuleType, Path],
+    modules: Compiled,
     layout: Path,
     cache: Cache,
     report: Reporter,
@@ -125,25 +128,27 @@ def _as_oci(layer: oci.Layer) -> oci.Layer:
     return replace(layer, descriptor=replace(layer.descriptor, media_type=media_type))
 
 
-def _modules(plan: Plan, made: Mapping[ModuleType, Path], cache: Cache, report: Reporter) -> StoredLayer:
-    key = key_of(modules=plan.modules, absent=plan.absent, kernel=plan.kernel.build.id, recipe=recipes.MODULE_LAYER)
+def _modules(plan: Plan, made: Compiled, cache: Cache, report: Reporter) -> StoredLayer:
+    sets = {one.id: {"modules": one.modules, "absent": one.absent} for one in plan.sets}
+    key = key_of(sets=sets, recipe=recipes.MODULE_LAYER)
 
-    def content(module_type: ModuleType, name: str) -> Path:
-        return made[module_type] / f"{name}.ko"
+    def content(set_id: str, module_type: ModuleType, name: str) -> Path:
+        return made[set_id][module_type] / f"{name}.ko"
 
     return layers.stored("pack modules", key, lambda: module_entries(plan, content), cache, report)
 
 
-def module_entries(plan: Plan, content: Callable[[ModuleType, str], Path | bytes]) -> Iterator[Entry]:
-    """What the modules' layer has; ``content`` is each module's, by type and name."""
-    folder = f"{paths.MODULES}/{plan.kernel.build.id}"
-    yield _text(f"{folder}/release", plan.kernel.build.release)
-    yield _text(f"{folder}/package", plan.kernel.build.package)
-    for module_type in plan.modules:
-        for name in MODULES:
-            yield Entry(f"{folder}/{module_type}/{name}.ko", "file", 0o644, content(module_type, name))
-    for module_type, reason in plan.absent.items():
-        yield _text(f"{folder}/{module_type}.absent", reason)
+def module_entries(plan: Plan, content: Callable[[str, ModuleType, str], Path | bytes]) -> Iterator[Entry]:
+    """What the modules' layer has; ``content`` is each module's, by set, type and name."""
+    for one in plan.sets:
+        folder = f"{paths.MODULES}/{one.id}"
+        yield _text(f"{folder}/release", one.kernel.build.release)
+        yield _text(f"{folder}/package", one.kernel.build.package)
+        for module_type in one.modules:
+            for name in MODULES:
+                yield Entry(f"{folder}/{module_type}/{name}.ko", "file", 0o644, content(one.id, module_type, name))
+        for module_type, reason in one.absent.items():
+            yield _text(f"{folder}/{module_type}.absent", reason)
 
 
 def _installer(plan: Plan, cache: Cache, report: Reporter) -> StoredLayer:

@@ -42,6 +42,9 @@ class Kernel:
     """Version of every package whose tools make the modules."""
     drm: bool
     """Whether the kernel has DRM: without it nvidia-drm is an empty module."""
+    cross: str = ""
+    """``CROSS_COMPILE``: what the compiler's name begins with, such as ``aarch64-linux-gnu-``, in an image of another
+    architecture than the kernel's; else nothing."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def facts(image: oci.Image, cell: Cell, cache: Cache, report: Reporter) -> Kerne
 
     def read(folder: Path) -> None:
         with report.step("read kernel") as step, open_rootfs(image, cache.root / "tmp") as rootfs:
-            kernel, symvers = read_kernel(rootfs, cell.arch, cell.flavor)
+            kernel, symvers = read_kernel(rootfs, cell.arch, cell.flavor, image.config["architecture"])
             (folder / "Module.symvers").write_bytes(symvers)
             (folder / "kernel.json").write_text(json.dumps(asdict(kernel), indent=1))
             step.note(f"{kernel.build.release} ({kernel.build.package})")
@@ -81,10 +84,11 @@ def from_json(document: Mapping[str, object]) -> Kernel:
     return Kernel(build=KernelBuild(**build), **values)  # type: ignore[arg-type]
 
 
-def read_kernel(rootfs: RootFs, arch: Arch, flavor: Flavor) -> tuple[Kernel, bytes]:
-    """The one kernel of an architecture and flavour, and its ``Module.symvers``.
+def read_kernel(rootfs: RootFs, arch: Arch, flavor: Flavor, runs_on: str) -> tuple[Kernel, bytes]:
+    """The one kernel of an architecture and flavour, and its ``Module.symvers``; ``runs_on`` is the image's own.
 
-    Raises BuildError where the image has no headers for it, or more than one candidate.
+    Raises BuildError where the image has no headers for it, or more than one candidate, or, being of another
+    architecture, no compiler for it.
     """
     known = list(_headers(rootfs))
     fitting = [
@@ -119,8 +123,27 @@ def read_kernel(rootfs: RootFs, arch: Arch, flavor: Flavor) -> tuple[Kernel, byt
         output=f"/{output}",
         compiler={name: version for name, version in sorted(packages.items()) if _COMPILER.fullmatch(name)},
         drm=settings.get("CONFIG_DRM") in ("y", "m"),
+        cross="" if runs_on == arch else _cross(rootfs, arch, runs_on),
     )
     return kernel, symvers
+
+
+def _cross(rootfs: RootFs, arch: Arch, runs_on: str) -> str:
+    """What the names of the tools for another architecture begin with; they come with Debian's triplet."""
+    prefix = f"{arch.triplet}-"
+    names = {posixpath.basename(node.path) for node in rootfs.below("usr/bin")}
+    gcc = re.compile(rf"{re.escape(prefix)}gcc(-[0-9.]+)?")  # the headers say which version
+    lacking = [f"{prefix}{tool}" for tool in ("ld", "strip") if f"{prefix}{tool}" not in names]
+    if not any(map(gcc.fullmatch, names)):
+        lacking.insert(0, f"{prefix}gcc")
+    if lacking:
+        raise BuildError(
+            "kmodbuild image",
+            f"is of {runs_on} and cannot compile for {arch}",
+            got=f"no {', no '.join(lacking)}",
+            hint=f"it needs gcc-{arch.triplet} and what comes with it, or an image of {arch}",
+        )
+    return prefix
 
 
 def _headers(rootfs: RootFs) -> Iterator[tuple[str, str]]:

@@ -63,6 +63,8 @@ class Placed:
     mode: int
     entry: ManifestEntry | None
     """The line it comes from; None for what our own rules add."""
+    component: str = ""
+    """The component whose archive has it; empty for the driver package."""
 
 
 @dataclass(frozen=True)

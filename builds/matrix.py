@@ -6,7 +6,9 @@ Reading needs neither engine nor network, and is quick: ``nox -l`` does it on ev
 from __future__ import annotations
 
 import difflib
+import enum
 import functools
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from packaging.version import Version
 
 from . import matrix_file
 from .errors import ConfigurationError
-from .model import Arch, Cell, ModuleType
+from .model import Arch, Cell, Flavor, ModuleType
 from .settings import SELECTION
 
 HERE = Path(__file__).parent
@@ -36,9 +38,44 @@ class Rule:
 
     def applies(self, driver: str, kernel: str) -> bool:
         """Whether the rule is about this driver version and this upstream kernel version."""
-        return SpecifierSet(self.driver).contains(driver) and SpecifierSet(self.kernel).contains(
-            kernel, prereleases=True
-        )
+        return self.is_about(driver) and _in_range(kernel, self.kernel)
+
+    def is_about(self, driver: str) -> bool:
+        """Whether the rule is about this driver version, on some kernel or other."""
+        return _in_range(driver, self.driver)
+
+
+@functools.cache
+def _in_range(version: str, versions: str) -> bool:
+    return SpecifierSet(versions).contains(version, prereleases=True)
+
+
+class Lifecycle(enum.StrEnum):
+    """Whether a release is selected where nobody names it."""
+
+    SUPPORTED = "supported"
+    PAST = "past"
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release, with what the matrix expects of its kernel. The kernel that is built for is read from its headers."""
+
+    gl: str
+    kernel: str | None
+    """Version of the kernel package that it ships, such as ``6.12.44-3gl0``; None where it is not known."""
+    lifecycle: Lifecycle
+    os_tag: str
+    """OS part of the tags that the operator computes on its nodes."""
+
+    @property
+    def upstream(self) -> str | None:
+        """The upstream version of its kernel, such as ``6.12.44``: what exclusion rules are keyed on."""
+        return self.kernel and self.kernel.partition("-")[0]
+
+    def kernel_name(self, cell: Cell) -> str | None:
+        """The kernel's expected release name, as Garden Linux makes it: the package's build is not in it."""
+        return self.upstream and f"{self.upstream}-{'cloud-' if cell.flavor is Flavor.CLOUD else ''}{cell.arch}"
 
 
 @dataclass(frozen=True)
@@ -49,23 +86,98 @@ class Matrix:
     inputs: str
     settings: Mapping[str, str]
     os_tag: str
+    os_tags: Mapping[str, str]
+    """Those of releases that have another than the matrix."""
     alias: str
     base: Mapping[Arch, str]
     pins: Mapping[tuple[str, Arch], str]
     """Pinned sha256 of driver packages."""
+    releases: Mapping[str, Release]
+    gvisor: Mapping[str, str]
+    """Driver version that gVisor supports, per branch."""
     cells: tuple[Cell, ...]
     rules: tuple[Rule, ...]
     default: Cell | None
+    representative: tuple[Cell, ...]
+    """Cells that stand for all: one of every kind that differs in how it is built."""
+
+    def __contains__(self, cell: Cell) -> bool:
+        return cell in self._cells
+
+    def release(self, cell: Cell) -> Release:
+        """The release that a cell is of. Raises ConfigurationError naming the nearest for one that is not listed."""
+        if cell.gl not in self.releases:
+            raise unknown("release", cell.gl, self.releases)
+        return self.releases[cell.gl]
+
+    def siblings(self, cell: Cell) -> tuple[Cell, ...]:
+        """The cells whose image is expected to be the same as a cell's, itself included; oldest release first.
+
+        They compute the same tag: driver, architecture, flavour and OS tag are the same, and so is the kernel's name.
+        Of a cell whose kernel is not known, that is known of itself only.
+        """
+        place = self._place(cell)
+        return self._places[place] if place in self._places and cell in self else (cell,)
+
+    def absent(self, cell: Cell) -> dict[ModuleType, str]:
+        """The module types that rules are expected to exclude, with reasons. An unknown kernel is in no range."""
+        upstream = self.release(cell).upstream
+        return {
+            rule.module_type: rule.reason
+            for rule in self.rules
+            if rule.is_about(cell.driver) and (rule.applies(cell.driver, upstream) if upstream else not rule.kernel)
+        }
+
+    def os_tag_of(self, cell: Cell) -> str:
+        """OS part of the tags that the GPU Operator computes for a cell's node."""
+        return self.os_tags.get(cell.gl, self.os_tag).format(gl=cell.gl)
 
     def owns_branch(self, cell: Cell) -> bool:
-        """Whether a cell's driver is the newest of its branch for the same node: it alone moves the branch's tag."""
-        rivals = [
+        """Whether a cell's driver is the newest of its branch for the same node: it alone moves the branch's tag.
+
+        One that is expected to be excluded altogether for that node's kernel has no image, so it owns nothing.
+        """
+        driver, *node = self._place(cell)
+        rivals = (
             other.driver
-            for other in self.cells
-            if (other.gl, other.arch, other.flavor, other.driver_major)
-            == (cell.gl, cell.arch, cell.flavor, cell.driver_major)
-        ]
-        return max((cell.driver, *rivals), key=Version) == cell.driver
+            for version in self._branches[cell.driver_major]
+            for other in self._places.get((version, *node), ())[:1]
+            if version != driver and len(self.absent(other)) < len(ModuleType)
+        )
+        return max((driver, *rivals), key=Version) == driver
+
+    def _place(self, cell: Cell) -> tuple[str, ...]:
+        """What cells with one image have in common; where the kernel's name is not known, that is the release."""
+        release = self.release(cell)
+        kernel = release.kernel_name(cell) or f"of {cell.gl}"
+        return (cell.driver, cell.arch, cell.flavor, release.os_tag, kernel)
+
+    @functools.cached_property
+    def _cells(self) -> frozenset[Cell]:
+        return frozenset(self.cells)
+
+    @functools.cached_property
+    def _places(self) -> Mapping[tuple[str, ...], tuple[Cell, ...]]:
+        found: dict[tuple[str, ...], list[Cell]] = {}
+        for cell in self.cells:
+            found.setdefault(self._place(cell), []).append(cell)
+        return {place: tuple(sorted(cells, key=order)) for place, cells in found.items()}
+
+    @functools.cached_property
+    def _branches(self) -> Mapping[str, frozenset[str]]:
+        found: dict[str, set[str]] = {}
+        for cell in self.cells:
+            found.setdefault(cell.driver_major, set()).add(cell.driver)
+        return {branch: frozenset(drivers) for branch, drivers in found.items()}
+
+
+def order(cell: Cell) -> tuple[object, ...]:
+    """What cells are sorted by: versions by their numbers, so that 1877.10 comes after 1877.9."""
+    return (_natural(cell.driver), _natural(cell.gl), cell.arch, cell.flavor)
+
+
+def _natural(text: str) -> tuple[tuple[int, str], ...]:
+    return tuple((int(number or 0), other) for number, other in re.findall(r"(\d+)|(\D+)", text))
 
 
 @functools.cache
@@ -77,6 +189,7 @@ def load(path: Path) -> Matrix:
         inputs=document["inputs"],
         settings=document.get("settings", {}),
         os_tag=document["os_tag"],
+        os_tags={release["gl"]: release["os_tag"] for release in document["releases"] if "os_tag" in release},
         alias=document["alias"],
         base={Arch(arch): gl for arch, gl in document["base"].items()},
         pins={
@@ -84,12 +197,23 @@ def load(path: Path) -> Matrix:
             for driver in document["drivers"]
             for arch, sha256 in driver.get("sha256", {}).items()
         },
+        releases={
+            release["gl"]: Release(
+                gl=release["gl"],
+                kernel=release.get("kernel"),
+                lifecycle=Lifecycle(release.get("lifecycle", Lifecycle.SUPPORTED)),
+                os_tag=release.get("os_tag", document["os_tag"]).format(gl=release["gl"]),
+            )
+            for release in document["releases"]
+        },
+        gvisor=document.get("gvisor", {}),
         cells=tuple(matrix_file.cells(document)),
         rules=tuple(
             Rule(rule["driver"], rule.get("kernel", ""), ModuleType(rule["module_type"]), rule["reason"])
             for rule in document.get("exclude", [])
         ),
         default=Cell.parse(document["default"]) if "default" in document else None,
+        representative=tuple(map(Cell.parse, document.get("representative", ()))),
     )
 
 
@@ -101,9 +225,14 @@ def load_all() -> tuple[Matrix, ...]:
 def matrix_of(cell: Cell) -> Matrix:
     """The matrix that a cell is of. Raises ConfigurationError naming the nearest known cells."""
     for matrix in load_all():
-        if cell in matrix.cells:
+        if cell in matrix:
             return matrix
     raise unknown("cell", cell.id, (known.id for matrix in load_all() for known in matrix.cells))
+
+
+def representative() -> tuple[Cell, ...]:
+    """The cells that stand for all of the matrices."""
+    return tuple(cell for matrix in load_all() for cell in matrix.representative)
 
 
 def find(text: str) -> Cell:
@@ -119,31 +248,49 @@ def find(text: str) -> Cell:
 def select(environ: Mapping[str, str]) -> tuple[Cell, ...]:
     """The cells that the environment selects; the default cell where it selects nothing.
 
-    An axis that is not set is open for drivers and releases, and has its default for architecture and flavour;
-    ``GL_VERSION=all`` opens every axis that is not set. Raises ConfigurationError for a value that no cell has,
-    naming the nearest, and for a selection that holds no cell.
+    An axis that is not set is open for drivers and releases, and has its default for architecture and flavour.
+    Releases that are past are selected by name, or all of them by ``GL_VERSION=past``; ``all`` is every other one.
+    Either word opens every axis that is not set. Raises ConfigurationError for a value that no cell has, naming the
+    nearest, and for a selection that holds no cell.
     """
     given = {row.name: environ[row.variable] for row in SELECTION if environ.get(row.variable)}
     matrices = load_all()
     if not given:
         return tuple(matrix.default for matrix in matrices if matrix.default)
-    cells = [cell for matrix in matrices for cell in matrix.cells]
-    axes = {"driver_version": "driver", "gl_version": "gl", "target_arch": "arch", "kernel_flavor": "flavor"}
+    everything = [cell for matrix in matrices for cell in matrix.cells]
+    cells = everything
     for row in SELECTION:
-        wanted = given.get(row.name) or ("all" if given.get("gl_version") == "all" else row.default)
-        if wanted in ("", "all"):
-            continue
-        values = {"baremetal" if value.strip() == "metal" else value.strip() for value in wanted.split(",")}
-        known = {str(getattr(cell, axes[row.name])) for matrix in matrices for cell in matrix.cells}
-        for value in sorted(values - known):
+        axis = _AXES[row.name]
+        known = {str(getattr(cell, axis)) for cell in everything}
+        groups = _lifecycles(matrices) if axis == "gl" else {"all": known}
+        grouped = not {"all", "past"}.isdisjoint(_values(given.get("gl_version", "")))
+        values = _values(given.get(row.name) or ("" if grouped else row.default)) or {"all"}
+        for value in sorted(values - known - groups.keys()):
             raise unknown(row.variable, value, known)
-        cells = [cell for cell in cells if str(getattr(cell, axes[row.name])) in values]
+        wanted = set[str]().union(*(groups.get(value, {value}) for value in values))
+        cells = [cell for cell in cells if str(getattr(cell, axis)) in wanted]
     if not cells:
         said = " ".join(f"{row.variable}={given[row.name]}" for row in SELECTION if row.name in given)
         raise ConfigurationError(
-            "selection", "holds no cell", got=said, hint="`GL_VERSION=all nox -l` lists every cell"
+            "selection", "holds no cell", got=said, hint="`GL_VERSION=all,past nox -l` lists every cell"
         )
-    return tuple(sorted(cells))
+    return tuple(sorted(cells, key=order))
+
+
+_AXES = {"driver_version": "driver", "gl_version": "gl", "target_arch": "arch", "kernel_flavor": "flavor"}
+
+
+def _values(text: str) -> set[str]:
+    """The values in a list; ``metal`` is the older name of ``baremetal``."""
+    values = {value.strip() for value in text.split(",")} - {""}
+    return {"baremetal" if value == "metal" else value for value in values}
+
+
+def _lifecycles(matrices: Iterable[Matrix]) -> dict[str, set[str]]:
+    """The releases that stand behind a word for many of them."""
+    releases = [release for matrix in matrices for release in matrix.releases.values()]
+    words = {"all": Lifecycle.SUPPORTED, "past": Lifecycle.PAST}
+    return {word: {one.gl for one in releases if one.lifecycle is lifecycle} for word, lifecycle in words.items()}
 
 
 def unknown(subject: str, value: str, known: Iterable[str]) -> ConfigurationError:

@@ -18,6 +18,7 @@ import jsonschema
 import yaml
 from jsonschema.protocols import Validator
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from yaml.composer import Composer
 
 from .errors import ConfigurationError
 from .model import Arch, Cell, Flavor
@@ -30,6 +31,8 @@ _Problem = tuple[_Path, str]
 _MERGE = "tag:yaml.org,2002:merge"
 _TEXT = "tag:yaml.org,2002:str"
 _COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+_FREE_KEYS: tuple[_Path, ...] = (("gvisor",),)
+"""Mappings whose keys are values, so they must be text as these must."""
 _TYPES = {"object": "mapping", "array": "list", "string": "text"}
 
 _FORMATS = jsonschema.FormatChecker(formats=())
@@ -68,12 +71,19 @@ def read(path: Path) -> dict[str, Any]:
     return dict(document)
 
 
-class _Loader(yaml.SafeLoader):
+_PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is many times as quick, where there is one
+
+
+class _Loader(Composer, _PARSER):  # type: ignore[misc]  # composes in Python, from either parser's events
     """Gives an alias the line where it stands, and refuses one inside of what it stands for: it would have no end."""
+
+    def __init__(self, stream: str) -> None:
+        _PARSER.__init__(self, stream)
+        Composer.__init__(self)
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         alias = self.check_event(yaml.AliasEvent)
-        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        mark = self.peek_event().start_mark
         node = super().compose_node(parent, index)
         if node is None or not alias:
             return node
@@ -166,6 +176,8 @@ def _slips(path: _Path, node: yaml.Node) -> Iterator[_Problem]:
         for key, _ in _own(node):
             if key.value in first:
                 yield (*path, key.value), f"is given twice, first on line {first[key.value]}"
+            elif path in _FREE_KEYS and isinstance(key, yaml.ScalarNode) and key.tag != _TEXT:
+                yield (*path, key.value), _quoted(_Misread(key.value, _reading(key)))
             first.setdefault(key.value, _line(key))
 
 
@@ -181,7 +193,8 @@ def _problems(error: jsonschema.ValidationError, validator: Validator) -> Iterat
         known = list(schema["properties"])
         yield from (((*path, key), _unknown_key(key, known)) for key in found if key not in known)
     elif "propertyNames" in error.absolute_schema_path:
-        yield (*path, found), _unknown_key(found, wanted)
+        unknown = error.validator == "enum"
+        yield (*path, found), _unknown_key(found, wanted) if unknown else _what(error, validator)
     elif error.validator != "uniqueItems":  # _meaning says which
         yield path, _what(error, validator)
 
@@ -200,9 +213,8 @@ def _what(error: jsonschema.ValidationError, validator: Validator) -> str:
     if isinstance(found, _Misread):
         if not found.text:
             return "has no value"
-        quoted = f'must be quoted, or YAML reads it as {found.reading}: write "{found.text}"'
         others = validator.evolve(schema=schema).iter_errors(found.text)
-        return "; and ".join([quoted, *(_what(other, validator) for other in others)])
+        return "; and ".join([_quoted(found), *(_what(other, validator) for other in others)])
     got = f", got {found!r}" if isinstance(found, str) else ""
     match error.validator:
         case "enum":
@@ -212,6 +224,10 @@ def _what(error: jsonschema.ValidationError, validator: Validator) -> str:
         case "minItems" | "minLength":
             return "must not be empty"
     return error.message
+
+
+def _quoted(found: _Misread) -> str:
+    return f'must be quoted, or YAML reads it as {found.reading}: write "{found.text}"'
 
 
 def _meaning(document: Any, lines: Mapping[_Path, int]) -> Iterator[_Problem]:
@@ -229,9 +245,29 @@ def _meaning(document: Any, lines: Mapping[_Path, int]) -> Iterator[_Problem]:
         for _, arch in _texts(release.get("arch")):
             if isinstance(base, dict) and arch in {*Arch} and arch not in base:
                 yield ("releases", number, "arch"), f"has {arch}, for which base names no release"
-    known = [cell.id for cell in cells(document)]
-    if known and isinstance(default, str) and default not in known:
-        yield ("default",), f"is not a cell of this file: {default}"
+    drivers = {version for _, driver in _entries(document.get("drivers")) if (version := _text(driver.get("version")))}
+    for path, version in _named_drivers(document):
+        if version not in drivers:
+            yield path, f"is not one of the drivers: {version}"
+        elif path[0] == "gvisor" and str(path[1]).isdecimal() and version.partition(".")[0] != path[1]:
+            yield path, f"is not of this branch: {version}"
+    known = {cell.id for cell in cells(document)}
+    named: list[tuple[_Path, str]] = [(("default",), default)] if isinstance(default, str) else []
+    named += [(("representative", place), text) for place, text in _texts(document.get("representative"))]
+    yield from ((path, f"is not a cell of this file: {text}") for path, text in named if known and text not in known)
+
+
+def _named_drivers(document: Mapping[str, Any]) -> Iterator[tuple[_Path, str]]:
+    """Where the document speaks of a driver version in text, other than in the list of drivers."""
+    gvisor = document.get("gvisor")
+    named: list[tuple[_Path, object]] = []
+    if isinstance(gvisor, dict):
+        named += [(("gvisor", branch), version) for branch, version in gvisor.items()]
+    for number, release in _entries(document.get("releases")):
+        named += [
+            (("releases", number, "drivers", place), version) for place, version in _items(release.get("drivers"))
+        ]
+    yield from ((path, version) for path, version in named if isinstance(version, str) and version)
 
 
 def _once(document: Mapping[str, Any]) -> Iterator[tuple[_Path, str, _Path]]:
@@ -241,7 +277,7 @@ def _once(document: Mapping[str, Any]) -> Iterator[tuple[_Path, str, _Path]]:
             if text := _text(entry.get(key)):
                 yield (part,), text, (part, number, key)
     for number, release in _entries(document.get("releases")):
-        for axis in ("arch", "flavor"):
+        for axis in ("arch", "flavor", "drivers"):
             for position, text in _texts(release.get(axis)):
                 yield ("releases", number, axis), text, ("releases", number, axis, position)
     for number, rule in _entries(document.get("exclude")):
@@ -256,6 +292,8 @@ def cells(document: Mapping[str, Any]) -> Iterator[Cell]:
     releases, drivers = (_entries(document.get(part)) for part in ("releases", "drivers"))
     for (_, release), (_, driver) in product(releases, drivers):
         version, gl = _text(driver.get("version")), _text(release.get("gl"))
+        if "drivers" in release and version not in [text for _, text in _texts(release["drivers"])]:
+            continue
         for (_, arch), (_, flavor) in product(_texts(release.get("arch")), _texts(release.get("flavor"))):
             if version and gl and arch in {*Arch} and flavor in {*Flavor}:
                 yield Cell(version, gl, Arch(arch), Flavor(flavor))

@@ -24,6 +24,11 @@ class Arch(enum.StrEnum):
         return {"amd64": "x86_64", "arm64": "aarch64"}[self.value]
 
     @property
+    def kbuild(self) -> str:
+        """``ARCH`` of the kernel's own build files, which the vendor's take too."""
+        return {"amd64": "x86_64", "arm64": "arm64"}[self.value]
+
+    @property
     def triplet(self) -> str:
         """Debian's multiarch triplet: the last part of the library folder's path."""
         return f"{self.machine}-linux-gnu"

@@ -227,35 +227,45 @@ def full_names_of(layout: Path, digest: str) -> tuple[str, ...]:
     return tuple(name for name in names_of(layout, digest) if "/" in name or re.match(r"[0-9][0-9.]*-", name))
 
 
-def find_image(layout: Path, name: str | None = None, arch: Arch | None = None) -> Image:
+def find_image(layout: Path, name: str | None = None, arch: Arch | None = None, *, others: bool = False) -> Image:
     """The image that a name means in a layout, for an architecture. Without a name it must be the only one.
 
+    With ``others`` the only one there is will do, where there is none of the architecture.
     Raises ConfigurationError where there is none, or more than one to choose from, and BuildError where it is damaged.
     """
-    return read_image(layout, find_entry(layout, name, arch))
+    return read_image(layout, find_entry(layout, name, arch, others=others))
 
 
-def find_entry(layout: Path, name: str | None = None, arch: Arch | None = None) -> Descriptor:
+def of_architecture(images: Mapping[str, str | None], arch: Arch | None, *, others: bool) -> tuple[str, ...]:
+    """Which of several images are of an architecture: digests, given with what is known of their architectures.
+
+    With ``arch`` None all are; with ``others`` all are where none is.
+    """
+    fitting = tuple(digest for digest, found in images.items() if arch is None or found in (str(arch), None))
+    return fitting or (tuple(images) if others else ())
+
+
+def find_entry(layout: Path, name: str | None = None, arch: Arch | None = None, *, others: bool = False) -> Descriptor:
     """The descriptor of that image's manifest, which is all that is read of it."""
     if not (layout / "oci-layout").is_file():
         raise ConfigurationError(f"oci:{layout}", "is not an OCI image layout", hint="it has no file oci-layout")
     entries = index_entries(layout)
     found = [entry for entry in entries if name is None or entry.annotations.get(REF_NAME) == name]
-    images = {
-        descriptor.digest: descriptor
-        for descriptor in _manifests(layout, found)
-        if arch is None or _architecture(layout, descriptor) in (str(arch), None)
+    images = {descriptor.digest: descriptor for descriptor in _manifests(layout, found)}
+    architectures = {
+        digest: _architecture(layout, descriptor) if arch else None for digest, descriptor in images.items()
     }
-    if len(images) != 1:
+    fitting = of_architecture(architectures, arch, others=others)
+    if len(fitting) != 1:
         known = sorted({entry.annotations.get(REF_NAME, entry.digest) for entry in entries})
         wanted = (f" {name}" if name else "") + (f" for {arch}" if arch else "")
         raise ConfigurationError(
             f"oci:{layout}",
             f"must hold exactly one image{wanted}",
-            got=f"{len(images)}",
+            got=f"{len(fitting)}",
             hint=f"it names {', '.join(known) or 'nothing'}",
         )
-    return next(iter(images.values()))
+    return images[fitting[0]]
 
 
 def read_image(layout: Path, descriptor: Descriptor) -> Image:

@@ -21,17 +21,20 @@ from . import plan as planning
 from . import push as pushing
 from .cache import Cache, disk_errors, locked, remove, write_atomically
 from .console import Reporter, human_size, human_time
-from .errors import BuildError, ConfigurationError, HarnessError, InfrastructureError, VerificationError
+from .errors import BuildError, ConfigurationError, ExcludedError, HarnessError, InfrastructureError, VerificationError
+from .image import Compiled
 from .matrix import Matrix
 from .model import Arch, Cell, ModuleType
 from .oci import Image
-from .plan import Inputs, Plan
+from .plan import Inputs, ModuleSet, Plan
 from .push import Pushed
 from .record import RECORD, Record
 from .settings import DEFAULTS, Settings, resolve
 
 PUSHED = "push.json"
 _STEPS = "steps.json"
+_FAILURE = "failure.json"
+"""Why the last session's work on a cell failed; not there if it did not."""
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# made by gardenlinux-nvidia-builds, which may empty this folder\n"
 """Content of CACHEDIR.TAG: its first line is what backup tools know, its second is ours."""
 
@@ -55,6 +58,10 @@ class Run:
     def layout(self) -> Path:
         """The OCI layout of the cell's image."""
         return self.out / "image"
+
+    def modules(self, of: ModuleSet, module_type: ModuleType) -> Path:
+        """Where the driver stage leaves the modules of a type, and the image stage looks for them."""
+        return self.out / "modules" / of.id / module_type
 
     @property
     def logs(self) -> Path:
@@ -97,7 +104,7 @@ def make_inputs(runs: Iterable[Run], *, refresh: bool) -> None:
                     hint="the lab makes those of the cells in builds/lab.yaml",
                 )
         elif refresh or _missing(run):
-            lab.make([run.cell], _bases(run), run.cache, run.report)
+            lab.make(run.matrix.siblings(run.cell), _bases(run), run.cache, run.report)
 
 
 def plan(run: Run) -> tuple[Plan, Inputs]:
@@ -127,11 +134,12 @@ def build_image(run: Run) -> Image:
     """
     with phase(run, "build-image"):
         made, inputs = _planned(run)
-        for module_type, key in made.modules.items():
-            if not compiling.adopt(key, run.out / "modules" / module_type, run.cache):
+        for one, module_type, key in _each_type(made):
+            if not compiling.adopt(key, run.modules(one, module_type), run.cache):
                 raise ConfigurationError(
                     f"cell {run.cell}",
                     f"the {module_type} modules of its plan are not compiled",
+                    got=f"none for {one.kernel.build.release} ({one.kernel.build.package})",
                     hint=f'nox -s "build-driver({run.cell})" compiles them',
                 )
         image = packing.find(made, run.layout, run.report) or _pack(run, made, inputs)
@@ -153,12 +161,13 @@ def verify_cell(run: Run) -> Record:
         return verify_built(run, run.out, repeat_line(run.cell))
 
 
-def push(run: Run) -> Pushed:
+def push(run: Run, *, drop_builds: bool = False) -> Pushed:
     """Put the cell's image into the repository that IMAGE_PATH names, if its record lets it; leaves ``push.json``.
 
     Needs ``out/<cell>/image`` and ``record.json`` and nothing else, so it can be done elsewhere than the build.
-    Raises VerificationError where the image is not verified, or the repository has another under its immutable tag,
-    ConfigurationError where a lab cell would go among Garden Linux's.
+    Raises VerificationError where the image is not verified, the repository has another under its immutable tag, or a
+    tag would lose a kernel build (unless ``drop_builds``), ConfigurationError where a lab cell would go among Garden
+    Linux's.
     """
     with phase(run, "push"):
         verify_it = repeat_line(run.cell)
@@ -186,10 +195,16 @@ def push(run: Run) -> Pushed:
                 f"cell {run.cell}", "is not pushed: its record is another cell's", got=str(made.cell), hint=verify_it
             )
         place = registry.Reference.parse(f"{run.settings.image_path}@{image.digest}")
-        pushed = pushing.run(image, made.tags, registry.connect(place.registry, place.repository, run.report))
+        repository = registry.connect(place.registry, place.repository, run.report)
+        pushed = pushing.run(image, made.tags, repository, drop_builds=drop_builds)
         write_atomically(run.out / PUSHED, json.dumps(pushed.to_json(), indent=1) + "\n")
         pushing.show(pushed, run.report)
     return pushed
+
+
+def image_of(run: Run) -> Image:
+    """The image that a build left of the cell."""
+    return oci.find_image(run.layout, arch=run.cell.arch)
 
 
 def summary(runs: Iterable[Run], report: Reporter) -> None:
@@ -205,22 +220,34 @@ def summary(runs: Iterable[Run], report: Reporter) -> None:
                 human_size(image.size) if image else "",
                 "\n".join(took),
                 "\n".join(map(human_time, took.values())),
-                _checks(run, image),
+                _outcome(run, image),
             )
         )
         if image:
             images.append(f"oci:{run.layout}  {image.digest}")
-    report.table("Summary", ("cell", "digest", "size", "step", "time", "checks"), rows)
+    report.table("Summary", ("cell", "digest", "size", "step", "time", "outcome"), rows)
     for line in images:
         report.say(line)
 
 
-def _checks(run: Run, image: Image | None) -> str:
-    """What the record says of an image; a record of another image says nothing."""
+def _outcome(run: Run, image: Image | None) -> str:
+    """What came of a cell: its last failure, or what the record says of its image; of another image it says nothing."""
+    if (failure := _failure(run)) is not None:
+        told = failure["error"].partition("\n")[0].removeprefix(f"cell {run.cell}: ")
+        return told if failure["kind"] == "excluded" else f"{failure['session']} failed: {told}"
     if image is None or not (run.out / RECORD).is_file():
         return "not verified"
     record = Record.read(run.out / RECORD)
     return record.summary if record.digest == image.digest else "not verified"
+
+
+def _failure(run: Run) -> dict[str, str] | None:
+    """Why the last session's work on the cell failed."""
+    try:
+        failure: dict[str, str] = json.loads((run.out / _FAILURE).read_text())
+    except (OSError, ValueError):
+        return None
+    return failure
 
 
 def clean(settings: Settings, *, everything: bool, report: Reporter) -> None:
@@ -257,18 +284,25 @@ def _bases(run: Run) -> list[tuple[str, Arch]]:
 
 
 def _missing(run: Run) -> tuple[str, ...]:
-    return lab.missing([run.cell], _bases(run), run.cache)
+    return lab.missing(run.matrix.siblings(run.cell), _bases(run), run.cache)
 
 
 def _planned(run: Run) -> tuple[Plan, Inputs]:
     make_inputs([run], refresh=False)
     made, inputs = plan(run)
     write_atomically(run.out / "plan.json", json.dumps(made.to_json(), indent=1, sort_keys=True) + "\n")
-    for module_type, reason in made.absent.items():
-        run.report.say(f"  {module_type}: absent by rule: {reason}", style="yellow")
+    for one in made.sets:
+        for module_type, reason in one.absent.items():
+            run.report.say(f"  {module_type}: absent by rule: {reason}", style="yellow")
+    for reason in dict.fromkeys(made.components_absent.values()):
+        names = ", ".join(name for name, why in made.components_absent.items() if why == reason)
+        run.report.say(f"  {names}: absent by rule: {reason}", style="yellow")
+    if len(made.sets) > 1:
+        builds = ", ".join(f"{one.kernel.build.package} ({', '.join(one.releases)})" for one in made.sets)
+        run.report.say(f"  {made.kernel_release} has several builds, one module set each: {builds}")
     if not made.addressable:
         run.report.say(
-            f"  {made.kernel.build.release} is not legal in a tag: the GPU Operator cannot address this image",
+            f"  {made.kernel_release} is not legal in a tag: the GPU Operator cannot address this image",
             style="yellow",
         )
     return made, inputs
@@ -287,18 +321,20 @@ def _build(run: Run) -> tuple[Plan, Inputs, Image]:
 
 def _driver(run: Run, made: Plan, inputs: Inputs) -> None:
     """Compile the modules where no earlier run did, and leave them in the cell's output folder."""
-    for module_type, folder in _modules(run, made, inputs).items():
-        compiling.export(folder, run.out / "modules" / module_type)
+    folders = _modules(run, made, inputs)
+    for one, module_type, _ in _each_type(made):
+        compiling.export(folders[one.id][module_type], run.modules(one, module_type))
 
 
-def _modules(run: Run, made: Plan, inputs: Inputs) -> dict[ModuleType, Path]:
+def _modules(run: Run, made: Plan, inputs: Inputs) -> Compiled:
     """The plan's modules: from the cache, the cell's output folder, or the compiler."""
     engine = None
-    for module_type, key in made.modules.items():
-        if not compiling.adopt(key, run.out / "modules" / module_type, run.cache):
+    for one, module_type, key in _each_type(made):
+        if not compiling.adopt(key, run.modules(one, module_type), run.cache):
             engine = engine or engines.connect()
             compiling.modules(
                 made,
+                one,
                 inputs,
                 module_type,
                 engine=engine,
@@ -310,15 +346,23 @@ def _modules(run: Run, made: Plan, inputs: Inputs) -> dict[ModuleType, Path]:
     return compiled(run, made)
 
 
-def compiled(run: Run, made: Plan) -> dict[ModuleType, Path]:
-    """The plan's modules, of those types that are compiled."""
-    return {module_type: path for module_type, key in made.modules.items() if (path := run.cache.find("modules", key))}
+def compiled(run: Run, made: Plan) -> Compiled:
+    """The plan's modules, of those sets and types that are compiled."""
+    return {
+        one.id: {name: path for name, key in one.modules.items() if (path := run.cache.find("modules", key))}
+        for one in made.sets
+    }
+
+
+def _each_type(made: Plan) -> Iterator[tuple[ModuleSet, ModuleType, str]]:
+    """Every module set of a plan with each type that is built, and its key."""
+    return ((one, module_type, key) for one in made.sets for module_type, key in one.modules.items())
 
 
 def _pack(run: Run, made: Plan, inputs: Inputs) -> Image:
     """Write the image, from modules that are in the cache."""
     tree = compiling.driver_tree(made, inputs, run.cache, run.report)
-    packed = userspace.layer(made, tree, run.cache, run.report)
+    packed = userspace.layer(made, inputs, tree, run.cache, run.report)
     return packing.assemble(made, inputs.base, packed, compiled(run, made), run.layout, run.cache, run.report)
 
 
@@ -336,7 +380,7 @@ def hold(
     out: Path,
     repeat: str,
     *,
-    modules: Mapping[ModuleType, Path],
+    modules: Compiled,
     names: Sequence[str] | None = None,
     reference: str | None = None,
 ) -> Record:
@@ -389,10 +433,15 @@ def phase(run: Run, name: str, again: str | None = None) -> Iterator[None]:
         locked(run.out, lambda: run.report.say(f"  waiting for another run of {run.cell}")),
         disk_errors(f"cell {run.cell}", run.out),
     ):
+        (run.out / _FAILURE).unlink(missing_ok=True)
         try:
             yield
         except HarnessError as error:
             error.repeat = error.repeat or again or f'nox -s "{name}({run.cell})"'
+            kind = "excluded" if isinstance(error, ExcludedError) else error.kind.name.lower()
+            failure = {"session": name, "kind": kind, "error": str(error)}
+            with suppress(InfrastructureError):  # the error itself is worth more
+                write_atomically(run.out / _FAILURE, json.dumps(failure, indent=1) + "\n")
             raise
         finally:
             took = {**_phases(run), name: [asdict(step) for step in run.report.steps[before:]]}

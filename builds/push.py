@@ -7,7 +7,7 @@ verified, whole and read back, and a push that broke off is finished by the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -88,11 +88,12 @@ def admit(record: Record, image: Image, verify_it: str) -> Plan:
     return plan
 
 
-def run(image: Image, tags: Sequence[Tag], repository: Repository) -> Pushed:
+def run(image: Image, tags: Sequence[Tag], repository: Repository, *, drop_builds: bool = False) -> Pushed:
     """Put an image into a repository under its tags; whatever is there already is not put again.
 
-    Raises VerificationError where the layout is damaged or the immutable tag means another image, and
-    InfrastructureError where the registry is out of reach, refuses, or gives back other bytes than it was given.
+    Raises VerificationError where the layout is damaged, the immutable tag means another image, or a tag would no
+    longer serve a kernel build that it serves now (unless ``drop_builds``), and InfrastructureError where the registry
+    is out of reach, refuses, or gives back other bytes than it was given.
     The protocol has no way to set a tag only if it is free: what a tag means is asked right before it is set, and two
     pushes that ask in the same moment are beyond what a client can tell apart.
     """
@@ -109,8 +110,10 @@ def run(image: Image, tags: Sequence[Tag], repository: Repository) -> Pushed:
             hint="build and verify it again",
         ) from error
     ordered = _in_order(tags)
-    fixed = [_meaning(image, tag, repository) for tag in ordered if not tag.moves]
-    proven = image.digest in fixed
+    meant = {tag: _meaning(image, tag, repository) for tag in ordered}
+    proven = image.digest in (digest for tag, digest in meant.items() if not tag.moves)
+    if not drop_builds:
+        _keep_builds(image, [(tag, digest) for tag, digest in meant.items() if digest and tag.moves], repository)
     uploaded = _blobs(image, repository, proven=proven)
     _manifest(image, manifest, repository)
     moves = tuple(_tag(image, manifest, tag, repository) for tag in ordered)
@@ -144,6 +147,33 @@ def _meaning(image: Image, tag: Tag, repository: Repository) -> str | None:
             hint="the same plan gives the same bytes: one of the two was not made by this plan",
         )
     return digest
+
+
+def _keep_builds(image: Image, meant: Sequence[tuple[Tag, str]], repository: Repository) -> None:
+    """See that no tag stops serving nodes that it serves: each kernel build of its present image is in the new one.
+
+    Two releases can ship different builds of one kernel name, and nodes of both follow one tag. Raises
+    VerificationError where one of them would find no modules any more.
+    """
+    new = _builds(image.config)
+    for tag, digest in meant if new else ():
+        old = _builds(registry.config_of(repository, digest) or {}) if digest != image.digest else {}
+        if lost := sorted(old[build] for build in old.keys() - new.keys()):
+            raise VerificationError(
+                f"image {image.digest[:19]}",
+                f"is not pushed: {repository}:{tag.name} has modules for kernel builds that this image lacks",
+                got=f"{', '.join(lost)} there, {', '.join(sorted(new.values()))} here",
+                hint="name the kernels of both releases in the matrix, then one image has modules for both; "
+                "if no node runs the other build any more: -- --drop-builds",
+            )
+
+
+def _builds(config: Mapping[str, Any]) -> dict[str, str]:
+    """The kernel builds that an image has modules for, as its labels tell: digest and package."""
+    labels = (config.get("config") or {}).get("Labels") or {}
+    digests, packages = (labels.get(f"{PREFIX}.kernel-{what}", "").split(",") for what in ("build", "package"))
+    named = packages if len(packages) == len(digests) else digests
+    return {digest: name for digest, name in zip(digests, named, strict=True) if digest}
 
 
 def _in_order(tags: Sequence[Tag]) -> list[Tag]:

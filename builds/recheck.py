@@ -9,13 +9,15 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 from . import matrix, oci, pipeline, registry, sources
 from .cache import locked, remove
 from .console import Reporter, shorten
 from .errors import BuildError, ConfigurationError, HarnessError, InfrastructureError, VerificationError
-from .model import Cell
+from .matrix import Matrix
+from .model import Cell, Flavor
 from .oci import Image
 from .pipeline import Run
 from .record import RECORD, Difference, Record, differences, tool_differences
@@ -87,41 +89,61 @@ def repeat(path: Path, reference: str | None, options: Mapping[str, str], report
 
 
 def cell_of(names: Iterable[str]) -> Cell:
-    """The cell that tags speak of. Raises ConfigurationError where they fit none, or more than one."""
+    """The cell that tags speak of; of cells with one image the one of the oldest release.
+
+    Raises ConfigurationError where they fit none, or more than one.
+    """
     tags = [name.rpartition(":")[2] for name in names]
     told = [cells for tag in tags if (cells := _cells_of(tag))]
-    fitting = set.intersection(*told) if told else set()
+    fitting = {matrix.matrix_of(cell).siblings(cell)[0] for cell in set.intersection(*told)} if told else set()
+    if len(fitting) > 1:  # releases whose nodes have the same OS tag: one may have it as its own name
+        fitting = {cell for cell in fitting if any(tag.endswith(f"-{_alias(cell)}") for tag in tags)} or fitting
     if len(fitting) != 1:
         raise ConfigurationError(
             "image",
             "its tag does not say which cell it is of",
-            got=", ".join(sorted(map(str, fitting)) or tags) or "no tag",
+            got=", ".join(sorted(map(str, fitting))[:_SHOWN]) or ", ".join(tags) or "no tag",
             hint="name the cell: -- --image … --cell <cell id>",
         )
     return fitting.pop()
 
 
+def _alias(cell: Cell) -> str:
+    return matrix.matrix_of(cell).alias.format(gl=cell.gl)
+
+
 def _cells_of(tag: str) -> set[Cell]:
-    """The known cells that a tag fits: by driver version, or else by branch."""
-    known = [(cell, of) for of in matrix.load_all() for cell in of.cells]
-    for version in ("driver", "driver_major"):
-        fitting = {
-            cell
-            for cell, of in known
-            if tag.startswith(f"{getattr(cell, version)}-")
-            and tag.endswith((f"-{of.os_tag.format(gl=cell.gl)}", f"-{of.alias.format(gl=cell.gl)}", _plan_key(tag)))
-            and f"-{cell.arch}-" in tag
-            and ("-cloud-" in tag) == (cell.flavor == "cloud")
-        }
-        if fitting:
-            return fitting
-    return set()
+    """The known cells whose image may bear a tag, with those that they share it with.
+
+    What the matrix expects of kernels counts if any cell fits by it: else the headers had another, or nobody knew.
+    """
+    fitting = [
+        (kernel, cell, of)
+        for of in matrix.load_all()
+        for cell in of.cells
+        if tag.startswith((f"{cell.driver_major}.", f"{cell.driver_major}-"))
+        if (kernel := _kernel_in(tag, cell, of))
+    ]
+    expected = [found for found in fitting if found[0] == _expected(found[1], found[2])]
+    return {mate for _, cell, of in expected or fitting for mate in of.siblings(cell)}
 
 
-def _plan_key(tag: str) -> str:
-    """The end of an immutable tag; of any other, what no tag ends in."""
-    found = re.search(r"-[0-9a-f]{12}$", tag)
-    return found[0] if found else " "
+def _expected(cell: Cell, of: Matrix) -> str | None:
+    """The name that the matrix expects of a cell's kernel."""
+    return of.release(cell).kernel_name(cell)
+
+
+def _kernel_in(tag: str, cell: Cell, of: Matrix) -> str | None:
+    """The kernel's name in a tag, if the tag can be one of a cell's."""
+    versions = [cell.driver, cell.driver_major] if of.owns_branch(cell) else [cell.driver]
+    ends = [of.release(cell).os_tag, of.alias.format(gl=cell.gl), *re.findall(r"-([0-9a-f]{12})$", tag)]
+    for version, end in product(versions, ends):
+        if tag.startswith(f"{version}-") and tag.endswith(f"-{end}"):
+            kernel = tag[len(version) + 1 : -len(end) - 1]
+            parts = kernel.split("-")
+            if parts[-1] == cell.arch and ("cloud" in parts) == (cell.flavor is Flavor.CLOUD):
+                return kernel
+    return None
 
 
 def _verify_found(run: Run, reference: str, image: Image, out: Path) -> Record:

@@ -18,14 +18,15 @@ MODULES = recipe(HERE / "compile.py", HERE / "compile.sh", HERE / "model.py")
 LAYER = recipe(HERE / "layers.py", HERE / "oci.py", compressor=layers.COMPRESSOR)
 USER_SPACE = recipe(
     *(HERE / name for name in ("userspace.py", "manifest.py", "runfile.py", "tars.py", "paths.py", "model.py")),
+    HERE / "components.py",
     layer=LAYER,
 )
 MODULE_LAYER = recipe(HERE / "image.py", HERE / "paths.py", HERE / "model.py", layer=LAYER)
 CHECKS = recipe(
     *sorted(path for path in (HERE.parent / "tests" / "image").glob("*") if path.suffix in (".py", ".ini")),
     *(HERE / f"{name}.py" for name in ("kernel", "kmod", "rootfs", "oci", "layers", "tars", "runfile", "manifest")),
-    *(HERE / f"{name}.py" for name in ("userspace", "image")),
-    *(HERE / f"{name}.py" for name in ("model", "paths", "plan", "cache", "engine", "record", "verify")),
+    *(HERE / f"{name}.py" for name in ("userspace", "components", "image")),
+    *(HERE / f"{name}.py" for name in ("model", "paths", "plan", "cache", "emulation", "engine", "record", "verify")),
     *INSTALLER_PARTS,
 )
 """The checks of an image, and what they and their expectations are read with."""

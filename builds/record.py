@@ -239,9 +239,13 @@ def _substance(record: Record) -> dict[str, Any]:
 
 def _leaves(name: str, value: Any) -> dict[str, Any]:
     """A JSON value taken apart: each innermost value by its path."""
-    if not isinstance(value, Mapping):
+    if isinstance(value, Mapping):
+        parts = [(f"{name}.{key}", item) for key, item in value.items()]
+    elif isinstance(value, list):
+        parts = [(f"{name}[{number}]", item) for number, item in enumerate(value)]
+    else:
         return {name: value}
-    return {path: leaf for key, item in value.items() for path, leaf in _leaves(f"{name}.{key}", item).items()}
+    return {path: leaf for part, item in parts for path, leaf in _leaves(part, item).items()}
 
 
 def _compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Difference, ...]:

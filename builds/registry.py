@@ -128,15 +128,16 @@ def connect(registry: str, name: str, report: Reporter) -> Repository:
     return Repository(registry, name, f"{scheme}://{_HOSTS.get(registry, registry)}", session, report)
 
 
-def pull(reference: Reference, arch: Arch | None, layout: Path, report: Reporter) -> oci.Image:
+def pull(reference: Reference, arch: Arch | None, layout: Path, report: Reporter, *, others: bool = False) -> oci.Image:
     """The image of an architecture, pulled into a layout; blobs that are there are not pulled again.
 
-    With ``arch`` None whatever the reference names is taken, as long as there is but one.
+    With ``arch`` None whatever the reference names is taken, as long as there is but one; so it is with ``others``,
+    where there is none of that architecture.
     Raises InfrastructureError where the registry cannot be reached or refuses, ConfigurationError where it has
     no such image, BuildError where it sends other bytes than the digest promises.
     """
     repository = connect(reference.registry, reference.repository, report)
-    descriptor, manifest = _resolve(repository, reference, arch)
+    descriptor, manifest = _resolve(repository, reference, arch, others)
     blobs = _descriptors(reference, manifest, "config", "layers")
     with locked(layout), disk_errors(str(reference), layout):
         oci.create(layout)
@@ -144,7 +145,7 @@ def pull(reference: Reference, arch: Arch | None, layout: Path, report: Reporter
             _pull_blob(repository, blob, layout)
         oci.add_bytes(layout, fetch_manifest(repository, descriptor.digest), descriptor.media_type)
     image = oci.read_image(layout, descriptor)
-    if arch is not None and image.config.get("architecture") != arch:
+    if arch is not None and not others and image.config.get("architecture") != arch:
         raise ConfigurationError(
             str(reference), f"is not an image for {arch}", got=str(image.config.get("architecture"))
         )
@@ -182,6 +183,32 @@ def fetch_manifest(repository: Repository, name: str) -> bytes:
     if ":" in name and _digest(data) != name:
         raise BuildError(str(repository), f"the registry sent other bytes for {name}", got=_digest(data))
     return data
+
+
+def config_of(repository: Repository, digest: str) -> dict[str, Any] | None:
+    """The config of the image of a digest; None where the digest is none of a single image with one.
+
+    Raises BuildError where the registry sends other bytes than their digests promise.
+    """
+    try:
+        blob = Descriptor.from_json(json.loads(fetch_manifest(repository, digest))["config"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    if blob.size > _MANIFEST_LIMIT:
+        return None
+    data = bytearray()
+
+    def read() -> str:
+        data.clear()
+        return _read(repository, blob, f"read {blob.digest[7:19]}", data.extend)
+
+    if (found := _again(repository, f"GET blobs/{blob.digest}", read)) != blob.digest:
+        raise BuildError(str(repository), f"the registry sent other bytes for {blob.digest}", got=found)
+    try:
+        config = json.loads(data)
+    except ValueError:
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def has_blob(repository: Repository, blob: Descriptor) -> bool:
@@ -292,21 +319,25 @@ def _is_loopback(registry: str) -> bool:
         return False
 
 
-def _resolve(repository: Repository, reference: Reference, arch: Arch | None) -> tuple[Descriptor, Any]:
+def _resolve(repository: Repository, reference: Reference, arch: Arch | None, others: bool) -> tuple[Descriptor, Any]:
     """Descriptor and content of the manifest for an architecture, through an index where the tag names one."""
     data = fetch_manifest(repository, reference.digest or reference.tag or "")
     document = _json(reference, data)
     media_type = document.get("mediaType", oci.INDEX if "manifests" in document else oci.MANIFEST)
     if media_type not in oci.INDEXES:
-        return Descriptor(media_type, _digest(data), len(data), architecture=str(arch) if arch else None), document
+        told = str(arch) if arch and not others else None
+        return Descriptor(media_type, _digest(data), len(data), architecture=told), document
     entries = _descriptors(reference, document, "manifests")
-    fitting = [entry for entry in entries if arch in (None, entry.architecture) and entry.media_type in _MANIFESTS]
+    images = {entry.digest: entry for entry in entries if entry.media_type in _MANIFESTS}
+    images = {digest: entry for digest, entry in images.items() if entry.architecture != "unknown"}  # no image
+    architectures = {digest: entry.architecture or "?" for digest, entry in images.items()}
+    fitting = oci.of_architecture(architectures, arch, others=others)
     if len(fitting) != 1:
         known = ", ".join(sorted({entry.architecture or "?" for entry in entries}))
         raise ConfigurationError(
             str(reference), f"must have exactly one image{f' for {arch}' if arch else ''}", got=known
         )
-    return fitting[0], _json(reference, fetch_manifest(repository, fitting[0].digest))
+    return images[fitting[0]], _json(reference, fetch_manifest(repository, fitting[0]))
 
 
 def _json(reference: Reference, data: bytes) -> Any:

@@ -133,8 +133,8 @@ def read_header(path: Path) -> RunHeader:
         machine=values["TARGET_ARCH"],
         label=values.get("label", ""),
         targetdir=values.get("targetdir", ""),
-        decompressor=(first, int(values.get("size_decompress") or 0))
-        if (first := int(values.get("skip_decompress") or 0))
+        decompressor=(at, int(values.get("size_decompress") or 0))
+        if (at := int(values.get("skip_decompress") or 0))
         else None,
     )
 
@@ -182,7 +182,7 @@ def check(
     # POSIX cksum goes on over the length, least significant byte first, without leading zeros.
     crc = crc32.cksum(size.to_bytes((size.bit_length() + 7) // 8, "little"), crc)
     for name, wanted, found in (
-        ("pinned sha256", sha256 and sha256.lower(), whole.hexdigest()),
+        ("expected sha256", sha256 and sha256.lower(), whole.hexdigest()),
         ("header's MD5", header.md5, own.hexdigest()),
         ("header's CRC", header.crc, crc),
     ):

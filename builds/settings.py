@@ -47,6 +47,20 @@ SETTINGS = (
         "where driver packages come from: a URL or folder that holds `<version>/<package>`, or one package file",
     ),
     Setting(
+        "nvidia_redist_url",
+        "NVIDIA_REDIST_URL",
+        "https://developer.download.nvidia.com/compute/nvidia-driver/redist",
+        "where fabric manager, nvlsm, nscq and imex come from: a URL or folder that holds "
+        "`redistrib_<driver version>.json` and the archives that it lists, or `none`",
+    ),
+    Setting(
+        "package_sha256",
+        "PACKAGE_SHA256",
+        "required",
+        "whether a driver package must have a sha256 that the matrix pins or its vendor publishes: `required`, or "
+        "`optional`",
+    ),
+    Setting(
         "image_path",
         "IMAGE_PATH",
         "ghcr.io/gardenlinux/gardenlinux-nvidia-installer/driver",
@@ -70,6 +84,10 @@ class Settings:
 
     gl_registry: str
     nvidia_base_url: str
+    nvidia_redist_url: str | None
+    """None: there are no components."""
+    vouched: bool
+    """Whether somebody besides a driver package itself must say which bytes it has."""
     image_path: str
     cache_dir: Path
     out_dir: Path
@@ -100,9 +118,16 @@ def resolve(
         raise ConfigurationError(
             "IMAGE_PATH", "must be <registry>/<repository> without tag or digest", got=repr(values["image_path"])
         )
+    if values["package_sha256"] not in ("required", "optional"):
+        raise ConfigurationError(
+            "PACKAGE_SHA256", "must be `required` or `optional`", got=repr(values["package_sha256"])
+        )
+    redist = values["nvidia_redist_url"].replace("{cache}", str(cache)).rstrip("/")
     return Settings(
         gl_registry=values["gl_registry"].replace("{cache}", str(cache)).rstrip("/"),
         nvidia_base_url=values["nvidia_base_url"].replace("{cache}", str(cache)).rstrip("/"),
+        nvidia_redist_url=None if redist == "none" else redist,
+        vouched=values["package_sha256"] == "required",
         image_path=values["image_path"].rstrip("/"),
         cache_dir=cache,
         out_dir=out,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .errors import ConfigurationError
@@ -47,16 +48,19 @@ def addressable(cell: Cell, kernel: str, os_tag: str) -> bool:
     return all(_LEGAL.fullmatch(f"{version}-{kernel}-{os_tag}") for version in (cell.driver, cell.driver_major))
 
 
-def compute(cell: Cell, kernel: str, *, os_tag: str, alias: str, owns_branch: bool, key: str) -> tuple[Tag, ...]:
+def compute(
+    cell: Cell, kernel: str, *, os_tag: str, aliases: Iterable[str], owns_branch: bool, key: str
+) -> tuple[Tag, ...]:
     """All tags of a cell's image, most general first; where two are spelled alike the first stands for both.
 
-    ``kernel`` is the release name, ``key`` the image's key. Characters that are illegal in a tag are written
+    ``kernel`` is the release name, ``aliases`` has one for each release that the image is for, ``key`` is the
+    image's. Characters that are illegal in a tag are written
     ``_``: the operator will not find such a tag, but people can still name the image.
     """
     named = [
         (TagKind.BRANCH, f"{cell.driver_major}-{kernel}-{os_tag}"),
         (TagKind.VERSION, f"{cell.driver}-{kernel}-{os_tag}"),
-        (TagKind.ALIAS, f"{cell.driver_major}-{kernel}-{alias}"),
+        *((TagKind.ALIAS, f"{cell.driver_major}-{kernel}-{alias}") for alias in aliases),
         (TagKind.IMMUTABLE, f"{cell.driver}-{kernel}-{key[:12]}"),
     ]
     if not owns_branch:

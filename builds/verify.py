@@ -30,9 +30,10 @@ from . import engine as engines
 from .cache import Cache, disk_errors, key_of, write_atomically
 from .console import Reporter, shorten
 from .engine import Engine
-from .errors import BuildError, HarnessError, InfrastructureError, VerificationError
+from .errors import HarnessError, InfrastructureError, VerificationError
+from .image import Compiled
 from .model import ModuleType
-from .plan import Inputs, Plan
+from .plan import Inputs, ModuleSet, Plan
 from .record import JUNIT, RECORD, CheckResult, Outcome, Record, counts
 
 PROJECT = Path(__file__).parent.parent
@@ -71,24 +72,26 @@ class Subject:
     complete: bool
     """Whether these are all names it has, so that a missing one counts."""
     plan: Plan
-    symvers: Path
-    """``Module.symvers`` of the kernel."""
+    symvers: Mapping[str, Path]
+    """``Module.symvers`` of the kernel, by module set."""
     tree: Path
     """The driver package, unpacked."""
+    components: Mapping[str, Path]
+    """The components' archives, unpacked, by name."""
     base: tuple[str, ...]
     """Diff ids of the base image's layers."""
     base_blobs: tuple[str, ...]
     """Digests of its layers' blobs."""
-    modules: Mapping[ModuleType, Path]
-    """Folders of the plan's modules, of those types that were compiled here."""
-    vermagic: str | None
-    """What modules for the kernel carry: that of an empty module compiled in the kmodbuild container."""
+    modules: Compiled
+    """Folders of the plan's modules, of those sets and types that were compiled here."""
+    vermagic: Mapping[str, str]
+    """What modules for the kernel carry, by module set: that of an empty module compiled in the kmodbuild container."""
     engine: str | None
     """Where the container engine answers, as ``DOCKER_HOST`` spells it."""
     loaded: str | None
     """Name of the image in the engine."""
     missing: str
-    """Why ``vermagic`` or ``loaded`` is missing."""
+    """Why a ``vermagic`` or ``loaded`` is missing."""
     groups: tuple[str, ...]
     """Groups of checks to run."""
     private: tuple[str, ...]
@@ -107,9 +110,14 @@ class Subject:
         values = {
             **document,
             "plan": Plan.from_json(document["plan"]),
-            **{name: Path(document[name]) for name in ("layout", "symvers", "tree", "scratch")},
+            **{name: Path(document[name]) for name in ("layout", "tree", "scratch")},
             **{name: tuple(document[name]) for name in ("names", "base", "base_blobs", "groups", "private")},
-            "modules": {ModuleType(name): Path(folder) for name, folder in document["modules"].items()},
+            "components": {name: Path(path) for name, path in document["components"].items()},
+            "symvers": {of: Path(path) for of, path in document["symvers"].items()},
+            "modules": {
+                of: {ModuleType(name): Path(folder) for name, folder in folders.items()}
+                for of, folders in document["modules"].items()
+            },
         }
         return cls(**values)
 
@@ -131,7 +139,7 @@ def run(
     out: Path,
     report: Reporter,
     repeat: str,
-    modules: Mapping[ModuleType, Path] | None = None,
+    modules: Compiled | None = None,
     names: Sequence[str] | None = None,
     reference: str | None = None,
     groups: Sequence[str] = GROUPS,
@@ -152,11 +160,14 @@ def run(
     (out / "logs").mkdir(parents=True, exist_ok=True)
     _drop_stale(out, image.digest)
     missing: list[str] = []
-    vermagic = None
-    try:
-        vermagic = reference_module(plan, inputs, engine=engine, cache=cache, report=report).one("vermagic")
-    except InfrastructureError as error:
-        missing.append(_first_line(error))
+    vermagic: dict[str, str] = {}
+    for one in plan.sets:
+        try:
+            empty = reference_module(plan, one, inputs, engine=engine, cache=cache, report=report)
+        except InfrastructureError as error:
+            missing.append(_first_line(error))
+        else:
+            vermagic[one.id] = empty.one("vermagic") or ""
     tree = compiling.driver_tree(plan, inputs, cache, report)
     with _in_engine(engine, image, report, missing) as loaded, report.step("verify") as step:
         subject = Subject(
@@ -165,8 +176,9 @@ def run(
             names=tuple(names if names is not None else oci.full_names_of(image.layout, image.digest)),
             complete=names is None,
             plan=plan,
-            symvers=inputs.symvers.absolute(),
+            symvers={of: lying.symvers.absolute() for of, lying in inputs.sets.items()},
             tree=tree.absolute(),
+            components={name: path.absolute() for name, path in inputs.components.items()},
             base=tuple(layer.diff_id for layer in inputs.base.layers),
             base_blobs=tuple(layer.descriptor.digest for layer in inputs.base.layers),
             modules=dict(modules or {}),
@@ -224,7 +236,7 @@ def show(record: Record, report: Reporter) -> None:
 
 
 def reference_module(
-    plan: Plan, inputs: Inputs, *, engine: Engine | None, cache: Cache, report: Reporter
+    plan: Plan, of: ModuleSet, inputs: Inputs, *, engine: Engine | None, cache: Cache, report: Reporter
 ) -> kmod.Module:
     """An empty module compiled in the kmodbuild container: what any module for this kernel has in common.
 
@@ -233,27 +245,15 @@ def reference_module(
     """
 
     def build(folder: Path) -> None:
-        if engine is None or not engines.native(engine, plan.cell.arch):
-            raise InfrastructureError(
-                "reference module",
-                f"needs a container engine for {plan.cell.arch}",
-                got=engine.arch if engine else None,
-            )
+        if engine is None:
+            raise InfrastructureError("reference module", "needs a container engine", got="none that answers")
+        way = compiling.way(of, inputs, engine)
         with report.step("compile reference module") as step:
-            image = compiling.load_kmodbuild(engine, inputs.kmodbuild, report)
-            log = folder / "build.log"
-            command = ["/bin/sh", "/src/compile.sh"]
-            with engines.container(engine, image, command, environment={"SYSOUT": plan.kernel.output}) as made:
-                for name, text in _EMPTY_MODULE.items():
-                    engines.put_file(made, f"/src/{name}", text.encode())
-                if status := engines.run(made, log):
-                    got = compiling.first_error(log.read_text(errors="replace"))
-                    raise BuildError("reference module", f"the build ended with status {status}", got=got)
-                engines.get_tree(made, "/out", folder)
-            step.note(plan.kernel.build.release)
+            compiling.small(plan, of, inputs, _EMPTY_MODULE, folder, engine=engine, report=report)
+            step.note(f"{of.kernel.build.release} ({of.kernel.build.package}), {way}")
 
     key = key_of(
-        kernel=asdict(plan.kernel.build), output=plan.kernel.output, compiler=plan.kernel.compiler, source=_EMPTY_MODULE
+        kernel=asdict(of.kernel.build), output=of.kernel.output, compiler=of.kernel.compiler, source=_EMPTY_MODULE
     )
     folder, _ = cache.make("reference", key, build)
     return kmod.read_module("empty.ko", (folder / "empty.ko").read_bytes())

@@ -23,6 +23,7 @@ from . import commands
 _KEYRINGS = ("debian-archive-keyring.pgp", "debian-archive-keyring.gpg")
 """The keyring's names in newer and older versions of its package."""
 
+_NO_SUITE = "does not have a Release file"  # apt's words, in the language of commands.environment()
 _NETWORK = "is the network up, and does `apt-get update` work on this machine?"
 
 
@@ -33,7 +34,7 @@ class Package:
     name: str
     version: str
     arch: str
-    """``amd64``, or ``all``."""
+    """An architecture, or ``all``."""
     size: int
     """Bytes of the package file."""
     sha256: str
@@ -63,12 +64,12 @@ def archive_of(targets: str) -> str:
     )
 
 
-def source_line(archive: str, suite: str, components: Sequence[str], keyring: Path) -> str:
-    """The source of one suite: its release pocket alone.
+def source_lines(archive: str, suites: Sequence[str], components: Sequence[str], keyring: Path) -> str:
+    """The sources: of a release its release pocket alone, and what is named beside it, such as its backports.
 
-    Without updates and security it stands still between two point releases, and so do the lab's images.
+    Without updates and security a release stands still between two point releases, and so do the lab's images.
     """
-    return f"deb [signed-by={keyring}] {archive} {suite} {' '.join(components)}\n"
+    return "".join(f"deb [signed-by={keyring}] {archive} {suite} {' '.join(components)}\n" for suite in suites)
 
 
 def configuration(folder: Path, arch: Arch) -> str:
@@ -143,14 +144,24 @@ def file_name(package: Package) -> str:
 
 @dataclass(frozen=True)
 class Archive:
-    """One suite of the archive for one architecture, with lists of our own below ``folder``."""
+    """A suite of the archive for one architecture, with lists of our own below ``folder``.
+
+    A package is named as apt does it: ``name``, or ``name/suite`` where it is to come from another suite than the first
+    and bring along from there what it needs.
+    """
 
     folder: Path
-    suite: str
+    suites: tuple[str, ...]
     arch: Arch
+    components: tuple[str, ...]
 
-    def update(self, components: Sequence[str]) -> None:
-        """Bring the lists up to date. Raises InfrastructureError where the archive cannot be asked."""
+    @property
+    def title(self) -> str:
+        """Its name for people."""
+        return f"{' and '.join(self.suites)} for {self.arch}"
+
+    def update(self) -> None:
+        """Bring the lists up to date. Raises InfrastructureError where the archive lacks a suite or cannot be asked."""
         commands.require(("apt-get", "apt-cache"))
         targets = commands.output(
             ["apt-get", "indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(REPO_URI)"], subject="Debian's archive"
@@ -160,10 +171,21 @@ class Archive:
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / "status", "")
             write_atomically(
-                self.folder / "sources.list", source_line(archive_of(targets), self.suite, components, _keyring())
+                self.folder / "sources.list",
+                source_lines(archive_of(targets), self.suites, self.components, _keyring()),
             )
             write_atomically(self.folder / "apt.conf", configuration(self.folder, self.arch))
-        self._apt("apt-get", "-qq", "update")
+        try:
+            self._apt("apt-get", "-qq", "update")
+        except InfrastructureError as error:
+            if _NO_SUITE not in (error.got or ""):
+                raise
+            raise InfrastructureError(
+                "Debian's archive",
+                f"has none of {', '.join(self.suites)}, or not any more",
+                got=error.got,
+                hint="builds/lab/recipes.yaml names the suites; old releases move to an archive of their own",
+            ) from error
 
     def closure(self, names: Sequence[str]) -> tuple[Package, ...]:
         """Debian's essential packages and the named ones with all that they depend on."""
@@ -212,7 +234,7 @@ class Archive:
     def _apt(self, command: str, *arguments: str, cwd: Path | None = None) -> str:
         return commands.output(
             [command, "-c", str(self.folder / "apt.conf"), *arguments],
-            subject=f"Debian's archive, {self.suite}",
+            subject=f"Debian's archive, {self.title}",
             hint=_NETWORK,
             cwd=cwd,
         )

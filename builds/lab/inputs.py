@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ..errors import HarnessError, InfrastructureError
 from ..model import Arch, Cell
 from . import commands, driver, images, package, recipes
 from .apt import Archive, Package
+from .images import Contents
 from .recipes import DriverRecipe, ImageRecipe
 
 
@@ -53,24 +54,24 @@ def make(cells: Iterable[Cell], bases: Iterable[tuple[str, Arch]], cache: Cache,
     with locked(folder / "make", lambda: report.say("  another run makes lab inputs; waiting for it …")):
         for left in sorted((folder / "parts").glob("*.part")):
             remove(left)  # by a run that was killed
-        archives = {part.archive: _archive(part, folder / "apt") for part in parts}
-        unasked: dict[str, InfrastructureError] = {}
-        for name, archive in archives.items():
-            with report.step(f"ask Debian's archive about {archive.suite}") as step:
+        unasked: dict[Archive, InfrastructureError] = {}
+        for archive in dict.fromkeys(archive for part in parts for archive in part.archives(folder / "apt")):
+            with report.step(f"ask Debian's archive about {archive.title}") as step:
                 try:
-                    archive.update(next(part.recipe.components for part in parts if part.archive == name))
+                    archive.update()
                     step.note("lists are up to date")
                 except InfrastructureError as error:
                     step.note("it cannot be asked")
-                    unasked[name] = error
+                    unasked[archive] = error
         for part in parts:
+            archives = part.archives(folder / "apt")
             with report.step(part.title) as step:
-                if reason := unasked.get(part.archive):
+                if reason := next((unasked[archive] for archive in archives if archive in unasked), None):
                     if not part.is_current(cache):
                         raise _unreachable(part, reason)
                     step.note("kept as it is")
                     continue
-                _make(part, archives[part.archive], cache, report, step)
+                _make(part, archives, cache, report, step)
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,17 @@ class _Part:
             return f"{self.recipe.kind} image {self.recipe.arch}-{self.recipe.gl}"
         return f"driver package {self.recipe.version} for {self.recipe.arch}"
 
-    @property
-    def archive(self) -> str:
-        """The name of the archive's lists that it is resolved with."""
-        return "-".join((self.recipe.suite, self.recipe.arch, *self.recipe.components))
+    def archives(self, folder: Path) -> tuple[Archive, ...]:
+        """The archives that it is contents with, each with lists below a folder: the first has most of its packages."""
+        recipe = self.recipe
+        if isinstance(recipe, DriverRecipe):
+            wanted: tuple[tuple[tuple[str, ...], Arch], ...] = (((recipe.suite,), recipe.arch),)
+        else:
+            wanted = tuple((recipe.suites, arch) for arch in dict.fromkeys((recipe.runs_on, recipe.arch)))
+        return tuple(
+            Archive(folder / "-".join((*suites, arch, *recipe.components)), suites, arch, recipe.components)
+            for suites, arch in wanted
+        )
 
     @property
     def commands(self) -> tuple[str, ...]:
@@ -149,7 +157,7 @@ class _Part:
             return path.is_file() and path.stat().st_size == record["size"]
         layout, name = self.layout(cache)
         try:
-            image = oci.find_image(layout, name, self.recipe.arch)
+            image = oci.find_image(layout, name, self.recipe.runs_on)
         except (HarnessError, OSError, ValueError):  # no layout, or a damaged one
             return False
         blobs = [oci.blob_path(layout, layer.descriptor.digest) for layer in image.layers]
@@ -166,14 +174,10 @@ def _parts(cells: Iterable[Cell], bases: Iterable[tuple[str, Arch]]) -> tuple[_P
     return tuple(map(_Part, wanted))
 
 
-def _archive(part: _Part, folder: Path) -> Archive:
-    return Archive(folder / part.archive, part.recipe.suite, part.recipe.arch)
-
-
-def _make(part: _Part, archive: Archive, cache: Cache, report: Reporter, step: Step) -> None:
-    packages = _resolve(part, archive)
+def _make(part: _Part, archives: Sequence[Archive], cache: Cache, report: Reporter, step: Step) -> None:
+    contents = _resolve(part, archives)
     tools = {"mmdebstrap": _mmdebstrap_version()} if isinstance(part.recipe, ImageRecipe) else {}
-    key = key_of(code=part.code, packages=[one.identity for one in packages], tools=tools)
+    key = key_of(code=part.code, packages=[one.identity for one in contents.all], tools=tools)
     before = part.record(cache)
     if before.get("key") == key and part.is_current(cache):
         step.note("up to date")
@@ -181,31 +185,41 @@ def _make(part: _Part, archive: Archive, cache: Cache, report: Reporter, step: S
 
     def build(folder: Path) -> None:
         pool = cache.root / "lab" / "pool"
-        size = sum(one.size for one in packages)
-        with report.bytes(f"download {len(packages)} packages", size) as advance:
-            archive.download(packages, pool, advance)
+        size, number = sum(one.size for one in contents.all), len(contents.all)
+        with report.bytes(f"download {number} packages", size) as advance:
+            archives[0].download(contents.packages, pool, advance)
+            if contents.foreign:
+                archives[-1].download(contents.foreign, pool, advance)
         if isinstance(part.recipe, ImageRecipe):
             log = cache.root / "lab" / "logs" / f"{part.slug}.log"
-            with report.units("set up packages", len(packages)) as advance:
-                images.build(part.recipe, packages, pool, folder, log, advance)
+            with report.units("set up packages", number) as advance:
+                images.build(part.recipe, contents, pool, folder, log, advance)
         else:
-            driver.build(part.recipe, packages, pool, folder, report)
+            driver.build(part.recipe, contents.packages, pool, folder, report)
 
     folder, _ = cache.make("lab/parts", key, build)
     output, size = _publish(part, folder, cache)
     record = {"code": part.code, "key": key, "output": output, "size": size}
-    part.remember(cache, {**record, "packages": {one.name: one.version for one in packages}})
+    part.remember(cache, {**record, "packages": {one.name: one.version for one in contents.all}})
     if before.get("key") not in (None, key):
         remove(cache.path("lab/parts", before["key"]))
     step.note(f"{human_size(size)}, {output[:19]}")
 
 
-def _resolve(part: _Part, archive: Archive) -> tuple[Package, ...]:
-    if isinstance(part.recipe, ImageRecipe):
-        return archive.closure(part.recipe.packages)
-    packages = archive.named((*part.recipe.packages, *part.recipe.skewed))
-    driver.check_versions(part.recipe, packages)
-    return packages
+def _resolve(part: _Part, archives: Sequence[Archive]) -> Contents:
+    recipe = part.recipe
+    if isinstance(recipe, DriverRecipe):
+        packages = archives[0].named((*recipe.packages, *recipe.skewed))
+        driver.check_versions(recipe, packages)
+        return Contents(packages, ())
+    foreign: tuple[Package, ...] = ()
+    wanted = recipe.packages
+    if recipe.headers:
+        needed = archives[-1].closure(recipe.headers)
+        foreign = tuple(one for one in needed if one.name.startswith("linux-headers-"))
+        # the headers' own tools are programs, which the image's architecture has under the same name
+        wanted += tuple(one.name for one in needed if one.name.startswith("linux-kbuild-"))
+    return Contents(archives[0].closure(wanted), tuple(name.partition("/")[0] for name in wanted), foreign)
 
 
 def _publish(part: _Part, folder: Path, cache: Cache) -> tuple[str, int]:

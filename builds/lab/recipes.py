@@ -31,12 +31,23 @@ class ImageRecipe:
     kind: ImageKind
     gl: str
     arch: Arch
+    """Of the cells that it is for."""
+    runs_on: Arch
+    """Of its own programs: of a kmodbuild image that cross-compiles another one than ``arch``."""
     suite: str
     components: tuple[str, ...]
     packages: tuple[str, ...]
-    """Packages beside the essential ones, without their dependencies."""
+    """Packages beside the essential ones, without their dependencies, as :class:`.apt.Archive` names them."""
+    headers: tuple[str, ...]
+    """Packages of ``arch`` that bring the kernels' headers, where that is not the image's own architecture."""
     excludes: tuple[str, ...]
     """Options of dpkg that leave paths out."""
+
+    @property
+    def suites(self) -> tuple[str, ...]:
+        """The suites that the packages come from; the release's own is the first."""
+        named = {suite for name in (*self.packages, *self.headers) if (suite := name.partition("/")[2])}
+        return (self.suite, *sorted(named - {self.suite}))
 
 
 @dataclass(frozen=True)
@@ -102,10 +113,19 @@ def matches(path: str, pattern: str) -> bool:
 def image(kind: ImageKind, gl: str, arch: Arch) -> ImageRecipe:
     """The recipe of a release's kmodbuild or base image. Raises ConfigurationError for an unknown one."""
     data = _data()
-    release = _known(data["releases"], gl, "release", f"lab {kind} image {arch}-{gl}")
-    packages = _known(release[kind], str(arch), "architecture", f"lab {kind} image {arch}-{gl}")
+    subject = f"lab {kind} image {arch}-{gl}"
+    release = _known(data["releases"], gl, "release", subject)
+    entry = _known(_known(release, kind, "image", subject), str(arch), "architecture", subject)
     return ImageRecipe(
-        kind, gl, arch, release["suite"], tuple(data["components"]), tuple(packages), tuple(data["excludes"])
+        kind=kind,
+        gl=gl,
+        arch=arch,
+        runs_on=Arch(entry.get("runs_on", arch)),
+        suite=release["suite"],
+        components=tuple(data["components"]),
+        packages=tuple(entry["packages"]),
+        headers=tuple(entry.get("headers", ())),
+        excludes=tuple(data["excludes"]),
     )
 
 

@@ -21,7 +21,6 @@ from typing import Any
 import pytest
 
 from builds.errors import BuildError, HarnessError, InfrastructureError, Kind
-from builds.model import ModuleType
 from builds.oci import Image
 from builds.record import CheckResult, Outcome
 from builds.rootfs import open_rootfs
@@ -83,13 +82,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     expected = metafunc.config.stash[_EXPECTED]
     objects: dict[str, Any] = {
         "module": lambda: expected.modules,
-        "module_type": lambda: tuple(ModuleType),
+        "module_type": lambda: expected.module_types,
+        "fact": lambda: expected.facts,
         "file": lambda: expected.files,
         "link": lambda: expected.links,
         "elf": lambda: expected.elves,
         "library": lambda: expected.libraries,
         "program": lambda: expected.programs,
         "part": lambda: expected.installer,
+        "component": lambda: expected.components,
     }
     for name in set(metafunc.fixturenames) & objects.keys():
         values = objects[name]()

@@ -7,8 +7,9 @@ import hashlib
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import IO, Any
 
 import zstandard
@@ -16,11 +17,12 @@ import zstandard
 from builds import image as packing
 from builds import kmod, layers, oci, paths, recipes, userspace
 from builds.cache import CHUNK
+from builds.components import COMPONENTS, Component
 from builds.errors import BuildError
 from builds.kmod import Elf, Export, Module
 from builds.manifest import Placed
 from builds.model import MODULES, ModuleType
-from builds.plan import Plan
+from builds.plan import ModuleSet, Plan
 from builds.rootfs import Node, RootFs
 from builds.verify import Subject
 
@@ -28,9 +30,13 @@ UNREADABLE = (tarfile.TarError, zstandard.ZstdError, zlib.error, EOFError, OSErr
 """What a damaged layer makes its readers raise."""
 
 _X11 = "VDPAU decodes for an X client, which brings X11 itself"
+_INFINIBAND = "only systems with NVLink 5 run it, and those need InfiniBand's userland in the base image"
 _MAY_LACK = {
     ("libvdpau_nvidia.so.*", "libX11.so.6"): _X11,
     ("libvdpau_nvidia.so.*", "libXext.so.6"): _X11,
+    ("nvlsm", "libibumad.so.3"): _INFINIBAND,
+    ("nvlsm", "libibmad.so.5"): _INFINIBAND,
+    ("nvlsm", "libibverbs.so.1"): _INFINIBAND,
 }
 """Libraries that may be missing, by who needs them, and why that is no defect."""
 
@@ -39,11 +45,49 @@ _MAY_LACK = {
 class ModuleRef:
     """One module that the plan demands."""
 
+    set: ModuleSet
     type: ModuleType
     name: str
 
     def __str__(self) -> str:
-        return f"{self.type}/{self.name}.ko"
+        return f"{self.set.id}/{self.type}/{self.name}.ko"
+
+    @property
+    def path(self) -> str:
+        """Where it is in an image."""
+        return f"{paths.MODULES}/{self}"
+
+
+@dataclass(frozen=True)
+class TypeRef:
+    """One type of a module set, to be there or not."""
+
+    set: ModuleSet
+    type: ModuleType
+
+    def __str__(self) -> str:
+        return f"{self.set.id}/{self.type}"
+
+    @property
+    def path(self) -> str:
+        """Its folder in an image."""
+        return f"{paths.MODULES}/{self}"
+
+
+@dataclass(frozen=True)
+class FactRef:
+    """One fact by which the installer finds a module set."""
+
+    set: ModuleSet
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.set.id}/{self.name}"
+
+    @property
+    def path(self) -> str:
+        """Its file in an image."""
+        return f"{paths.MODULES}/{self}"
 
 
 @dataclass(frozen=True)
@@ -64,13 +108,25 @@ class Expected:
 
     @functools.cached_property
     def modules(self) -> tuple[ModuleRef, ...]:
-        """Five modules of every type that is built."""
-        return tuple(ModuleRef(kind, name) for kind in sorted(self.plan.modules) for name in MODULES)
+        """Five modules of every type that is built, for each kernel build."""
+        return tuple(
+            ModuleRef(one, kind, name) for one in self.plan.sets for kind in sorted(one.modules) for name in MODULES
+        )
+
+    @functools.cached_property
+    def module_types(self) -> tuple[TypeRef, ...]:
+        """Every type of each kernel build, whether it is built or not."""
+        return tuple(TypeRef(one, kind) for one in self.plan.sets for kind in ModuleType)
+
+    @functools.cached_property
+    def facts(self) -> tuple[FactRef, ...]:
+        """What the installer tells module sets apart by."""
+        return tuple(FactRef(one, name) for one in self.plan.sets for name in ("release", "package"))
 
     @functools.cached_property
     def placed(self) -> tuple[Placed, ...]:
         """Files and links of the driver root."""
-        return userspace.selection(self.subject.tree, self.plan.cell.arch)
+        return userspace.selection(self.subject.tree, self.subject.components, self.plan.cell.arch)
 
     @functools.cached_property
     def files(self) -> tuple[Placed, ...]:
@@ -95,6 +151,11 @@ class Expected:
         return tuple(one for one in self.elves if self.elf(one).soname)
 
     @functools.cached_property
+    def components(self) -> tuple[Component, ...]:
+        """Every component that there may be, whether the plan has it or says why it is absent."""
+        return COMPONENTS
+
+    @functools.cached_property
     def programs(self) -> tuple[Placed, ...]:
         """The tools: programs and scripts."""
         return tuple(one for one in self.files if one.dest.startswith("usr/bin/"))
@@ -114,37 +175,36 @@ class Expected:
             InstallerPart(f"{paths.INSTALLER}/release.env", 0o644, facts.encode()),
         )
 
-    def parts(self, module: Callable[[ModuleType, str], bytes]) -> dict[str, str]:
+    def parts(self, module: Callable[[str, ModuleType, str], bytes]) -> dict[str, str]:
         """Diff id that each of our layers is to have, lowest first; ``module`` is the content of the modules.
 
         Nothing in a layer is left open but that, so whatever a reader of archives may overlook shows here.
         """
         plan = self.plan
         return {
-            "user space": layers.diff_id(userspace.entries(self.subject.tree, plan.cell.arch)),
+            "user space": layers.diff_id(userspace.entries(self.subject.tree, self.subject.components, plan.cell.arch)),
             "modules": layers.diff_id(packing.module_entries(plan, module)),
             "installer": layers.diff_id(packing.installer_entries(plan)),
         }
 
+    def source(self, one: Placed) -> Path:
+        """The file of the driver package, or of a component's archive, that a file of the driver root is."""
+        return userspace.source_of(one, self.subject.tree, self.subject.components)
+
     def head(self, one: Placed) -> bytes:
-        """The first bytes of a file, from the driver package."""
-        with (self.subject.tree / str(one.source)).open("rb") as stream:
+        """The first bytes of a file, from where it comes from."""
+        with self.source(one).open("rb") as stream:
             return stream.read(4)
 
     @functools.cache  # noqa: B019  # lives as long as the run
     def elf(self, one: Placed) -> Elf:
         """What a program or library says of itself, from the driver package."""
-        return kmod.read_elf(one.dest, (self.subject.tree / str(one.source)).read_bytes())
+        return kmod.read_elf(one.dest, self.source(one).read_bytes())
 
     @functools.cached_property
-    def kernel(self) -> Mapping[str, Export]:
-        """What the kernel exports."""
-        return kmod.read_symvers(self.subject.symvers)
-
-    @property
-    def set_folder(self) -> str:
-        """Folder of the image with the modules of the kernel build."""
-        return f"{paths.MODULES}/{self.plan.kernel.build.id}"
+    def exports(self) -> Mapping[str, Mapping[str, Export]]:
+        """What each kernel exports, by module set."""
+        return {of: kmod.read_symvers(path) for of, path in self.subject.symvers.items()}
 
 
 @dataclass
@@ -154,7 +214,7 @@ class Found:
     image: oci.Image
     rootfs: RootFs
     expected: Expected
-    _modules: dict[ModuleRef, Module | BuildError] = field(default_factory=dict)
+    _modules: dict[str, Module | BuildError] = field(default_factory=dict)
     _elves: dict[str, Elf] = field(default_factory=dict)
 
     def file(self, path: str) -> Node:
@@ -166,30 +226,30 @@ class Found:
 
     def module(self, ref: ModuleRef) -> Module:
         """A module, read once. Raises BuildError where it is missing or damaged, each time."""
-        if ref not in self._modules:
+        if ref.path not in self._modules:
             try:
-                data = self.file(f"{self.expected.set_folder}/{ref}").read()
-                self._modules[ref] = kmod.read_module(f"{ref.name}.ko", data)
+                data = self.file(ref.path).read()
+                self._modules[ref.path] = kmod.read_module(f"{ref.name}.ko", data)
             except BuildError as error:
-                self._modules[ref] = error
-        module = self._modules[ref]
+                self._modules[ref.path] = error
+        module = self._modules[ref.path]
         if isinstance(module, BuildError):
             raise module
         return module
 
-    def siblings(self, kind: ModuleType) -> dict[str, Module]:
-        """The modules of a type that are there and can be read, by name; what is not has failed by itself."""
+    def siblings(self, ref: ModuleRef) -> dict[str, Module]:
+        """The modules of a module's set and type that can be read, by name; what is not has failed by itself."""
         modules: dict[str, Module] = {}
         for name in MODULES:
             try:
-                modules[name] = self.module(ModuleRef(kind, name))
+                modules[name] = self.module(replace(ref, name=name))
             except BuildError:
                 continue
         return modules
 
     def lent(self, ref: ModuleRef) -> dict[str, Export]:
         """Every symbol that kernel and siblings lend to a module."""
-        return kmod.providers(self.expected.kernel, self.siblings(ref.type), ref.name)
+        return kmod.providers(self.expected.exports[ref.set.id], self.siblings(ref), ref.name)
 
     def elf(self, path: str) -> Elf:
         """A program or library. Raises BuildError where it is missing or damaged."""
@@ -209,8 +269,7 @@ class Found:
     @functools.cached_property
     def parts(self) -> dict[str, str]:
         """Diff id that each of our layers is to have, given the modules that the image has."""
-        folder = self.expected.set_folder
-        return self.expected.parts(lambda module_type, name: self.file(f"{folder}/{module_type}/{name}.ko").read())
+        return self.expected.parts(lambda *of: self.file(f"{paths.MODULES}/{'/'.join(of)}.ko").read())
 
     @functools.cached_property
     def layers(self) -> tuple[LayerFacts, ...]:

@@ -65,8 +65,7 @@ def open_inside(subject: Subject) -> Iterator[Inside]:
     if subject.loaded is None:
         raise InfrastructureError("container", "none can be made", got=subject.missing)
     engine = engines.connect()
-    if not engines.native(engine, subject.plan.cell.arch):
-        raise InfrastructureError("container", f"this engine does not run {subject.plan.cell.arch}", got=engine.arch)
+    engines.execution(engine, subject.plan.cell.arch)
     tool = next((name for name in ("docker", "podman") if shutil.which(name)), None)
     if tool is None:
         raise InfrastructureError("container", "needs the engine's command-line tool", got="neither docker nor podman")

@@ -25,16 +25,16 @@ _USERLAND = (
 _LABELS = {
     "org.opencontainers.image.title": "NVIDIA driver",
     "org.opencontainers.image.description": (
-        "Precompiled NVIDIA {driver} kernel modules for {kernel.release}, run by the GPU Operator"
+        "Precompiled NVIDIA {driver} kernel modules for {kernel}, run by the GPU Operator"
     ),
     "org.opencontainers.image.version": "{driver}",
     "org.opencontainers.image.vendor": "Garden Linux",
     "org.opencontainers.image.licenses": "LicenseRef-NVIDIA AND Apache-2.0",
     "org.opencontainers.image.base.digest": "{plan.base.digest}",
     "io.gardenlinux.nvidia.driver-version": "{driver}",
-    "io.gardenlinux.nvidia.kernel": "{kernel.release}",
-    "io.gardenlinux.nvidia.kernel-build": "{kernel.digest}",
-    "io.gardenlinux.nvidia.kernel-package": "{kernel.package}",
+    "io.gardenlinux.nvidia.kernel": "{kernel}",
+    "io.gardenlinux.nvidia.kernel-build": "{digests}",
+    "io.gardenlinux.nvidia.kernel-package": "{packages}",
     "io.gardenlinux.nvidia.module-types": "{types}",
     "io.gardenlinux.nvidia.plan-key": "{plan.image}",
 }
@@ -104,8 +104,14 @@ def test_userland(name: str, found: Found, compare: Compare) -> None:
 @pytest.mark.parametrize("label", _LABELS)
 def test_labels(label: str, found: Found, expected: Expected, compare: Compare) -> None:
     plan = expected.plan
+    builds = sorted((one.kernel.build for one in plan.sets), key=lambda build: (build.package, build.digest))
     wanted = _LABELS[label].format(
-        plan=plan, driver=plan.cell.driver, kernel=plan.kernel.build, types=",".join(sorted(plan.modules))
+        plan=plan,
+        driver=plan.cell.driver,
+        kernel=builds[0].release,
+        digests=",".join(build.digest for build in builds),
+        packages=",".join(build.package for build in builds),
+        types=",".join(sorted({kind for one in plan.sets for kind in one.modules})),
     )
     compare(_labels(found).get(label), wanted)
 

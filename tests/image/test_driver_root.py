@@ -6,10 +6,12 @@ import hashlib
 import json
 import posixpath
 import stat
+from fnmatch import fnmatchcase
 
 import pytest
 
 from builds import kmod, paths
+from builds.components import Component
 from builds.manifest import Placed
 from builds.rootfs import Node
 
@@ -29,7 +31,7 @@ def test_files(file: Placed, found: Found, compare: Compare) -> None:
 
 @pytest.mark.check("driver-root.bytes")
 def test_bytes(file: Placed, found: Found, expected: Expected, compare: Compare) -> None:
-    with (expected.subject.tree / str(file.source)).open("rb") as stream:
+    with expected.source(file).open("rb") as stream:
         wanted = hashlib.file_digest(stream, "sha256").hexdigest()
     compare(
         hashlib.sha256(found.file(f"{_ROOT}/{file.dest}").read()).hexdigest(),
@@ -81,6 +83,29 @@ def test_needed(elf: Placed, found: Found, expected: Expected, compare: Compare)
         if needed not in may_lack(name) and not _loadable(needed, found, expected):
             lacking.append(needed)
     compare(lacking, [], "needed libraries that are nowhere")
+
+
+@pytest.mark.check("driver-root.components")
+def test_components(component: Component, found: Found, expected: Expected, compare: Compare) -> None:
+    """What there is a source for is there; what is absent is absent by rule, with the reason, and not by chance."""
+    main, name = component.main.format(triplet=expected.plan.cell.arch.triplet), component.name
+    reason = expected.plan.components_absent.get(name, "")
+    planned = name in expected.plan.components
+    compare({"unpacked": name in expected.subject.components, "reason": bool(reason)}, _sides(planned))
+    files = sorted(_inside(node) for node in found.rootfs.below(_ROOT) if node.is_file)
+    compare(
+        {"files": [path for path in files if fnmatchcase(path, main)], "absent by rule": reason},
+        {
+            "files": sorted(
+                one.dest for one in expected.files if one.component == name and fnmatchcase(one.dest, main)
+            ),
+            "absent by rule": reason,
+        },
+    )
+
+
+def _sides(planned: bool) -> dict[str, bool]:
+    return {"unpacked": planned, "reason": not planned}
 
 
 @pytest.mark.check("driver-root.licences")

@@ -24,6 +24,7 @@ _PROBES: dict[str, tuple[list[str], str]] = {
     "nvidia-cuda-mps-control": (["--help"], r"MPS Control"),
     "nvidia-cuda-mps-server": (["--help"], r"MPS Server"),
     "nvidia-debugdump": (["--list"], r"nvmlInit"),
+    "nv-fabricmanager": (["--version"], r"version"),
 }
 """How a tool shows that it runs where there is no GPU: arguments, and what it says."""
 _ANY_PROBE = (["--help"], r"\w")
@@ -35,11 +36,15 @@ _LINKER_SAYS = re.compile(r"^\s*(?P<library>\S+) => not found|.*(?P<symbol>undef
 
 
 @pytest.mark.check("runtime.tools")
-def test_tools(program: Placed, inside: Inside, compare: Compare) -> None:
+def test_tools(program: Placed, inside: Inside, expected: Expected, compare: Compare) -> None:
     """Every tool is found by its name and starts: the loader finds its libraries, and it says what it ought to."""
     name = posixpath.basename(program.dest)
     arguments, wanted = _PROBES.get(name, _ANY_PROBE)
     said = inside.run(name, *arguments)
+    excused = [library for library in may_lack(name) if f"{library}: cannot open shared object file" in said.text]
+    if excused:
+        compare([library for library in excused if library not in expected.elf(program).needed], [])
+        return
     said_it = re.search(wanted, said.text)
     compare(
         {"started": said.status not in ENDED, "says": said_it[0] if said_it else said.text.strip()[:300]},
@@ -65,6 +70,15 @@ def test_loads(elf: Placed, inside: Inside, expected: Expected, compare: Compare
         and not (told["symbol"] and excused)
     ]
     compare(lacking, [])
+
+
+@pytest.mark.check("runtime.fabric-manager")
+def test_fabric_manager(inside: Inside, expected: Expected, compare: Compare) -> None:
+    """It says that it is of the driver's very version, or it would not start on a node; or it is absent by rule."""
+    said = inside.run("nv-fabricmanager", "--version")
+    version = re.search(r"\d+(?:\.\d+)+", said.text)
+    wanted = expected.plan.cell.driver if "fabricmanager" in expected.plan.components else None
+    compare(version[0] if version else None, wanted, said.text.strip()[:300])
 
 
 @pytest.mark.check("runtime.help")

@@ -6,6 +6,7 @@ Nothing of ``builds.tags`` is used here: a mistake there must show.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import pytest
 
@@ -21,25 +22,24 @@ _KINDS = ("branch", "version", "alias", "immutable")
 @pytest.mark.parametrize("kind", _KINDS)
 def test_expected(kind: str, expected: Expected, compare: Compare) -> None:
     """The image has each tag that is its due. Where it was named by somebody, the names given are judged below."""
-    wanted, subject = _oracle(expected.plan), expected.subject
-    names = set(subject.names) & {f"{expected.plan.image_path}:{wanted[kind]}"} if kind in wanted else set()
-    due = kind in wanted and subject.complete
-    compare(names if due else [], [f"{expected.plan.image_path}:{wanted[kind]}"] if due else [])
+    subject = expected.subject
+    due = {f"{expected.plan.image_path}:{tag}" for tag in _oracle(expected.plan).get(kind, ())}
+    compare(set(subject.names) & due if subject.complete else [], due if subject.complete else [])
 
 
 @pytest.mark.check("tags.plan")
 @pytest.mark.parametrize("kind", _KINDS)
 def test_plan(kind: str, expected: Expected, compare: Compare) -> None:
     """A push sets the tags of the plan: they are its due, and no others. Where two are spelled alike one stands."""
-    wanted, planned = _oracle(expected.plan), {str(tag.kind): tag.name for tag in expected.plan.tags}
-    compare(sorted(planned.values()), sorted(set(wanted.values())))
-    compare(planned.get(kind, wanted.get(kind)), wanted.get(kind))
+    wanted, planned = _oracle(expected.plan), expected.plan.tags
+    compare(sorted(tag.name for tag in planned), sorted(_all(wanted)))
+    compare({tag.name for tag in planned if tag.kind == kind} - set(wanted.get(kind, ())), [])
 
 
 @pytest.mark.check("tags.unexpected")
 def test_unexpected(expected: Expected, compare: Compare) -> None:
     """Every name it has ends in a tag of this cell, spelled out."""
-    subject, wanted = expected.subject, set(_oracle(expected.plan).values())
+    subject, wanted = expected.subject, _all(_oracle(expected.plan))
     tags = {_tag(name) for name in subject.names}
     # Somebody may name an image by its digest alone; a layout that names a repository must say the tag.
     compare(sorted(str(tag) for tag in tags - wanted if tag or subject.complete), [])
@@ -87,21 +87,38 @@ def _is_lab(plan: Plan) -> bool:
 def _operator(version: str, plan: Plan) -> str:
     """``<driver.version>-<uname -r>-<ID><VERSION_ID>``, verbatim (operator contract, rows 1 to 3).
 
-    With our Helm values a Garden Linux node has ``VERSION_ID=0``; a Debian node has ``ID=debian`` and its number.
+    With our Helm values a Garden Linux node has ``VERSION_ID=0``; a Debian node has ``ID=debian`` and its number, also
+    where its kernel is a backport.
     """
-    system = plan.cell.gl if _is_lab(plan) else "gardenlinux0"
-    return f"{version}-{plan.kernel.build.release}-{system}"
+    debian = re.match(r"debian\d+", plan.cell.gl)
+    system = debian[0] if debian else "gardenlinux0"
+    return f"{version}-{_kernel(plan)}-{system}"
 
 
-def _oracle(plan: Plan) -> dict[str, str]:
-    """The tags that are the image's due, by kind; only the newest driver of a branch has ``branch`` and ``alias``."""
+def _kernel(plan: Plan) -> str:
+    """``uname -r`` on the node, the same for every build that the image has modules for."""
+    (release,) = {one.kernel.build.release for one in plan.sets}
+    return release
+
+
+def _all(tags: Mapping[str, tuple[str, ...]]) -> set[str]:
+    return {tag for kind in tags.values() for tag in kind}
+
+
+def _oracle(plan: Plan) -> dict[str, tuple[str, ...]]:
+    """The tags that are the image's due, by kind; only the newest driver of a branch has ``branch`` and ``alias``.
+
+    There is an alias for each release whose nodes find their modules in the image.
+    """
     major = plan.cell.driver.split(".")[0]
-    release = plan.cell.gl if _is_lab(plan) else f"gardenlinux{plan.cell.gl}"
+    releases = sorted({gl for one in plan.sets for gl in one.releases})
     tags = {
-        "version": _operator(plan.cell.driver, plan),
-        "immutable": f"{plan.cell.driver}-{plan.kernel.build.release}-{plan.image[:12]}",
+        "version": [_operator(plan.cell.driver, plan)],
+        "immutable": [f"{plan.cell.driver}-{_kernel(plan)}-{plan.image[:12]}"],
     }
     if any(tag.kind == "branch" for tag in plan.tags):
-        tags |= {"branch": _operator(major, plan), "alias": f"{major}-{plan.kernel.build.release}-{release}"}
+        prefix = "" if _is_lab(plan) else "gardenlinux"
+        tags["branch"] = [_operator(major, plan)]
+        tags["alias"] = [f"{major}-{_kernel(plan)}-{prefix}{gl}" for gl in releases]
     # What no registry takes is written `_`, so that people can still name the image; the operator cannot.
-    return {kind: re.sub(r"[^A-Za-z0-9._-]", "_", tag) for kind, tag in tags.items()}
+    return {kind: tuple(re.sub(r"[^A-Za-z0-9._-]", "_", tag) for tag in found) for kind, found in tags.items()}

@@ -21,7 +21,7 @@ from builds.console import Reporter
 from builds.engine import Engine
 from builds.model import Cell
 from builds.oci import Image
-from builds.plan import Inputs, Plan
+from builds.plan import Inputs, ModuleSet, Plan
 from builds.settings import SELECTION, SETTINGS
 
 from . import registries
@@ -41,6 +41,17 @@ class Built:
     engine: Engine
     report: Reporter
     out: Path
+
+    @property
+    def set(self) -> ModuleSet:
+        """The one module set of its plan."""
+        (one,) = self.plan.sets
+        return one
+
+    @property
+    def kmodbuild(self) -> Image:
+        """The image that the modules were compiled in."""
+        return self.inputs.sets[self.set.id].kmodbuild
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

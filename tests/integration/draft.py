@@ -110,7 +110,7 @@ class Draft:
     @property
     def folder(self) -> str:
         """Folder of the modules."""
-        return f"{paths.MODULES}/{self.plan.kernel.build.id}"
+        return f"{paths.MODULES}/{self.plan.sets[0].id}"
 
     @property
     def libraries(self) -> str:

@@ -34,8 +34,8 @@ from builds.model import Arch
 
 def fetch(folder: Path) -> Path:
     """Debian's docker-registry, downloaded and unpacked; nothing is installed."""
-    archive = Archive(folder / "apt", "bookworm", Arch.AMD64)
-    archive.update(["main"])
+    archive = Archive(folder / "apt", ("bookworm",), Arch.AMD64, ("main",))
+    archive.update()
     packages = archive.named(["docker-registry"])
     archive.download(packages, folder / "pool", lambda _: None)
     (deb,) = (folder / "pool").glob("*.deb")

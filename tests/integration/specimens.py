@@ -389,6 +389,12 @@ SPECIMENS = (
         "usr/bin/nvidia-smi",
         lambda d: d.edit(f"{ROOT}/usr/bin/nvidia-smi", lambda _: b"#!/bin/sh\nexit 0\n"),
     ),
+    Specimen(
+        "fabric manager from nowhere",
+        "driver-root.components",
+        "fabricmanager",
+        lambda d: d.put(f"{ROOT}/usr/bin/nv-fabricmanager"),
+    ),
     Specimen("file too many", "driver-root.unexpected", "", lambda d: d.put(f"{d.libraries}/libextra.so.1")),
     Specimen(
         "list of GPUs unreadable",

@@ -166,7 +166,7 @@ def test_a_kmodbuild_image_must_have_one_kernel_of_the_flavour(
     case: str, said: str, built: Built, builds: Cli, tmp_path: Path
 ) -> None:
     """The base image has no headers; a layer on top of the sound kmodbuild image brings a second candidate."""
-    source = built.inputs.base if case == "without headers" else built.inputs.kmodbuild
+    source = built.inputs.base if case == "without headers" else built.kmodbuild
     layout = tmp_path / "images" / "kmodbuild"
     oci.create(layout)
     stack = list(source.layers)

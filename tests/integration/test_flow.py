@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from builds import compile as compiling
@@ -20,13 +21,14 @@ from builds import plan as planning
 from builds.cache import Cache
 from builds.errors import BuildError
 from builds.model import MODULES, ModuleType
+from builds.plan import Shipped
 from builds.record import Record
 
 from .conftest import ROOT, Built, Cli, environment
 
 
 def test_the_default_cell_has_both_module_types(built: Built) -> None:
-    assert set(built.plan.modules) == set(ModuleType)
+    assert built.plan.types == tuple(sorted(ModuleType))
     for module_type in ModuleType:
         folder = built.out / "modules" / module_type
         assert {path.name for path in folder.iterdir()} == {
@@ -81,8 +83,8 @@ def test_an_image_made_elsewhere_is_verified_by_its_layout_alone(built: Built, b
 
 
 def test_a_type_that_a_rule_leaves_out_is_absent_and_the_rest_is_verified(built_with_rule: Built, builds: Cli) -> None:
-    assert set(built_with_rule.plan.modules) == {ModuleType.PROPRIETARY}
-    assert "pci_resize_resource" in built_with_rule.plan.absent[ModuleType.OPEN]
+    assert built_with_rule.plan.types == (ModuleType.PROPRIETARY,)
+    assert "pci_resize_resource" in built_with_rule.set.absent[ModuleType.OPEN]
     assert not built_with_rule.plan.addressable
     done = builds("verify", str(built_with_rule.cell))
     assert done.returncode == 0, done.stderr + done.stdout
@@ -100,8 +102,7 @@ def test_the_reason_of_the_rule_is_true_and_a_failed_compile_says_it(built_with_
     plan = planning.make(
         of.cell,
         replace(matrix.matrix_of(of.cell), rules=()),
-        kernel=of.plan.kernel,
-        kmodbuild=of.plan.kmodbuild,
+        shipped=[Shipped(of.cell.gl, of.set.kernel, of.set.kmodbuild)],
         base=of.plan.base,
         package=of.plan.package,
         image_path=of.plan.image_path,
@@ -109,6 +110,7 @@ def test_the_reason_of_the_rule_is_true_and_a_failed_compile_says_it(built_with_
     with pytest.raises(BuildError) as caught:
         compiling.modules(
             plan,
+            plan.sets[0],
             of.inputs,
             ModuleType.OPEN,
             engine=of.engine,
@@ -119,10 +121,10 @@ def test_the_reason_of_the_rule_is_true_and_a_failed_compile_says_it(built_with_
         )
     said = str(caught.value)
     assert "error: too few arguments to function 'pci_resize_resource'" in said
-    assert "too few arguments to function 'pci_resize_resource'" in of.plan.absent[ModuleType.OPEN]
-    assert f"the log: {tmp_path / 'compile-open.log'}" in said
+    assert "too few arguments to function 'pci_resize_resource'" in of.set.absent[ModuleType.OPEN]
+    assert f"the log: {tmp_path / f'compile-{of.set.id}-open.log'}" in said
     assert f'repeat: nox -s "build-driver({of.cell})"' in said
-    assert of.cache.find("modules", plan.modules[ModuleType.OPEN]) is None
+    assert of.cache.find("modules", plan.sets[0].modules[ModuleType.OPEN]) is None
 
 
 STEPS = {
@@ -162,7 +164,8 @@ def test_killed_in_each_step_it_ends_well_and_in_the_same_digest(built: Built, t
     left = [*cache.glob("*/*.part"), *cache.glob("lab/**/*.part"), *cache.glob("tmp/*"), *out.glob("*/*.part")]
     assert left == [], "files of killed runs are gone"
     labelled = engines.connect().client.containers.list(all=True, filters={"label": engines.LABEL})
-    assert labelled == [], "containers of killed runs are gone"
+    owners = [json.loads(made.labels[engines.LABEL])["pid"] for made in labelled]
+    assert all(map(psutil.pid_exists, owners)), "containers of killed runs are gone"
 
 
 def _killed_in(title: str, seconds: float, command: list[str], env: dict[str, str]) -> bool:
@@ -182,7 +185,7 @@ def _killed_in(title: str, seconds: float, command: list[str], env: dict[str, st
     [
         (["build", "550.163.02-debian12-amd64-cloud"], {}, 2, "nearest: 550.163.01-debian12-amd64-cloud"),
         (["build", "nonsense"], {}, 2, "is not in any matrix"),
-        (["list"], {"GL_VERSION": "1877.4"}, 2, "nearest: 1877.3"),
+        (["list"], {"GL_VERSION": "1877.99"}, 2, "nearest: 1877.9"),
         (["build"], {"JOBS": "many"}, 2, "JOBS"),
         (["build"], {"NVIDIA_BASE_URL": "/nonexistent"}, 2, "is not in /nonexistent"),
         (["build"], {"GL_REGISTRY": "127.0.0.1:9/nothing"}, 5, "cannot be reached"),
@@ -202,7 +205,7 @@ def test_what_cannot_be_done_is_said_with_its_exit_status(
 
 def test_modules_carried_in_the_output_folder_are_packed_without_the_cache(built: Built, tmp_path: Path) -> None:
     """The driver stage on one machine, the image stage on another, ``out/`` between them."""
-    carried, key = built.out / "modules" / "open", built.plan.modules[ModuleType.OPEN]
+    carried, key = built.out / "modules" / built.set.id / "open", built.set.modules[ModuleType.OPEN]
     cache = Cache(tmp_path)
     assert compiling.adopt(key, carried, cache)
     assert cache.find("modules", key)

@@ -22,7 +22,7 @@ import trustme
 
 from builds import http, layers, oci, push, registry
 from builds.console import Reporter
-from builds.errors import InfrastructureError
+from builds.errors import InfrastructureError, VerificationError
 from builds.layers import Entry
 from builds.model import Arch
 from builds.oci import Image, Layer
@@ -46,8 +46,8 @@ def server(registry_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 # A small image, and every fault at every request of its push.
 
 
-def _small(folder: Path, text: str) -> Image:
-    """An image of two layers, a few hundred bytes each."""
+def _small(folder: Path, text: str, builds: Mapping[str, str] | None = None) -> Image:
+    """An image of two layers, a few hundred bytes each; ``builds`` are kernel builds and packages that it names."""
     oci.create(folder)
     made: list[Layer] = []
     for number in range(2):
@@ -55,7 +55,9 @@ def _small(folder: Path, text: str) -> Image:
         layer = layers.write_layer([Entry("file", "file", 0o644, f"{text} {number}\n".encode() * 20)], blob)
         blob.rename(oci.blob_path(folder, layer.descriptor.digest))
         made.append(layer)
-    return oci.add_image(folder, made, arch=Arch.AMD64, names=["reg/img:1"], history=["one", "two"])
+    named = {"kernel-build": ",".join(builds), "kernel-package": ",".join(builds.values())} if builds else {}
+    config = {"Labels": {f"io.gardenlinux.nvidia.{name}": value for name, value in named.items()}}
+    return oci.add_image(folder, made, arch=Arch.AMD64, names=["reg/img:1"], config=config, history=["one", "two"])
 
 
 MOVING = {TagKind.BRANCH: "550-k-os", TagKind.VERSION: "550.1-k-os", TagKind.ALIAS: "550-k-os1"}
@@ -218,6 +220,24 @@ def test_the_tag_that_nodes_follow_is_set_last(server: Server, images: tuple[Ima
         TagKind.VERSION,
         TagKind.BRANCH,
     ]
+
+
+def test_no_tag_loses_a_kernel_build_that_its_nodes_run(server: Server, tmp_path: Path) -> None:
+    """Two releases with different builds of one kernel name follow one tag: the last push must not win."""
+    first, second = {"a" * 64: "6.12.60-3gl0"}, {"b" * 64: "6.12.60-3gl2"}
+    old, new = _small(tmp_path / "old", "old", first), _small(tmp_path / "new", "new", second)
+    both = _small(tmp_path / "both", "both", first | second)
+    _push(server.address, "builds", old)
+    before = server.tags("builds")
+    with pytest.raises(VerificationError, match="has modules for kernel builds that this image lacks") as caught:
+        _push(server.address, "builds", new)
+    assert "6.12.60-3gl0 there, 6.12.60-3gl2 here" in str(caught.value)
+    assert server.tags("builds") == before
+    _push(server.address, "builds", both)
+    with pytest.raises(VerificationError, match="kernel builds"):
+        _push(server.address, "builds", old)
+    push.run(new, _tags(new), registry.connect(server.address, "builds", Reporter()), drop_builds=True)
+    assert server.tags("builds")[MOVING[TagKind.BRANCH]] == new.digest
 
 
 # The image of the default cell, as a user pushes it.

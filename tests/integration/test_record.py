@@ -51,7 +51,7 @@ def test_a_record_repeats_on_a_machine_that_has_nothing_but_the_record(
 
 def test_what_differs_is_shown_and_is_no_pass(record: Path, builds: Cli, tmp_path: Path) -> None:
     document: dict[str, Any] = json.loads(record.read_text())
-    document["plan"]["kernel"]["build"]["package"] = "6.1.99-9"
+    document["plan"]["sets"][0]["kernel"]["build"]["package"] = "6.1.99-9"
     check = next(check for check in document["checks"] if check["id"] == "config.user")
     check.update(expected="root", found="root")
     document["tools"]["pytest"] = "8.0"
@@ -59,7 +59,7 @@ def test_what_differs_is_shown_and_is_no_pass(record: Path, builds: Cli, tmp_pat
     changed.write_text(json.dumps(document))
     done = builds("verify", "--record", str(changed))
     assert done.returncode == 4, done.stderr
-    assert "does not repeat: 2 differences, got plan.kernel.build.package, config.user" in done.stderr
+    assert "does not repeat: 2 differences, got plan.sets[0].kernel.build.package, config.user" in done.stderr
     assert "6.1.99-9" in done.stderr
     assert "tools.pytest (does not count)" in done.stderr
     assert f"repeat: nox -s verify -- --record {changed}" in done.stderr

@@ -53,7 +53,7 @@ def test_a_plan_is_the_same_from_a_registry_and_a_web_server(
 ) -> None:
     url = f"http://{registry}/v2/gardenlinux/gardenlinux"
     gl, base = built.cell.gl, "debian13"
-    put(f"{url}/kmodbuild", built.inputs.kmodbuild, f"amd64-{gl}")
+    put(f"{url}/kmodbuild", built.kmodbuild, f"amd64-{gl}")
     put(url, built.inputs.base, base, as_index=True)
     places = {"GL_REGISTRY": f"{registry}/gardenlinux/gardenlinux", "NVIDIA_BASE_URL": site}
     done = builds("plan", "--json", str(built.cell), env={**places, "CACHE_DIR": str(tmp_path)})
@@ -61,7 +61,7 @@ def test_a_plan_is_the_same_from_a_registry_and_a_web_server(
     (said,) = json.loads(done.stdout)
     for part in ("kernel", "package", "modules", "userspace", "image", "tags"):
         assert said[part] == json.loads((built.out / "plan.json").read_text())[part]
-    assert said["kmodbuild"]["digest"] == built.inputs.kmodbuild.digest
+    assert said["sets"][0]["kmodbuild"]["digest"] == built.kmodbuild.digest
     assert said["kmodbuild"]["reference"] == f"{registry}/gardenlinux/gardenlinux/kmodbuild:amd64-{gl}"
 
 
@@ -79,8 +79,8 @@ def test_what_the_registry_or_the_site_has_not_is_a_configuration_error(
 def test_a_blob_with_other_bytes_is_refused(server: Server, built: Built, builds: Cli, tmp_path: Path) -> None:
     """The registry's storage is changed behind its back: what it sends is not what its digest says."""
     url = f"http://{server.address}/v2/damaged"
-    put(f"{url}/kmodbuild", built.inputs.kmodbuild, f"amd64-{built.cell.gl}")
-    digest = built.inputs.kmodbuild.layers[0].descriptor.digest
+    put(f"{url}/kmodbuild", built.kmodbuild, f"amd64-{built.cell.gl}")
+    digest = built.kmodbuild.layers[0].descriptor.digest
     blob = server.blob(digest)
     whole = blob.read_bytes()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from builds import matrix, settings, tags
+from builds import matrix, outlook, settings, tags
 from builds.model import Cell
 from builds.tags import TagKind
 
@@ -62,7 +63,7 @@ def test_the_operator_pulls_the_tag_that_we_push(values: dict[str, Any]) -> None
         CELL,
         KERNEL,
         os_tag=ours.os_tag.format(gl=CELL.gl),
-        alias=ours.alias.format(gl=CELL.gl),
+        aliases=[ours.alias.format(gl=CELL.gl)],
         owns_branch=ours.owns_branch(CELL),
         key="0" * 64,
     )
@@ -92,6 +93,28 @@ def test_the_driver_is_a_precompiled_branch_of_the_matrix(values: dict[str, Any]
     assert driver["usePrecompiled"] is True
     assert driver["version"] in {cell.driver_major for cell in matrix.matrix_of(CELL).cells}
     assert driver["kernelModuleType"] in ("auto", "open", "proprietary")
+
+
+def test_on_every_supported_release_the_operator_pulls_a_tag_that_one_image_has(values: dict[str, Any]) -> None:
+    """Of those whose kernel is known, that is, and with the default branch of the values."""
+    selected = [cell for cell in matrix.select({"GL_VERSION": "all"}) if cell in matrix.matrix_of(CELL)]
+    found = outlook.make(matrix.load_all(), selected)
+    repository = settings.resolve(environ={}).image_path
+    pushed = Counter(f"{repository}:{tag}" for image in found.images for tag in image.tags)
+    nodes = {(one.cell.gl, one.kernel) for one in found.cells if one.kernel}
+    assert len({gl for gl, _ in nodes}) == 16
+    for gl, kernel in nodes:
+        node = {"ID": "gardenlinux", "VERSION_ID": gl, "GARDENLINUX_VERSION": gl}
+        assert pushed[operators_image(values, kernel, node)] == 1, (gl, kernel)
+
+
+def test_the_default_branch_is_built_for_every_supported_release(values: dict[str, Any]) -> None:
+    """A branch that gVisor pins and of which every supported release has a driver."""
+    of = matrix.matrix_of(CELL)
+    branch = values["driver"]["version"]
+    assert branch in of.gvisor
+    supported = {cell.gl for cell in matrix.select({"GL_VERSION": "all"}) if cell in of}
+    assert {cell.gl for cell in of.cells if cell.driver_major == branch} >= supported
 
 
 @pytest.mark.parametrize("where", ["gds", "gdrcopy"])

@@ -65,15 +65,15 @@ METAL = headers("6.12.344-amd64", "6.12.344-3gl0", config="CONFIG_DRM=m\n")
 
 def test_the_flavour_decides_which_headers(tmp_path: Path) -> None:
     image = rootfs(tmp_path, CLOUD, METAL)
-    cloud, symvers = read_kernel(image, Arch.AMD64, Flavor.CLOUD)
-    metal, _ = read_kernel(image, Arch.AMD64, Flavor.BAREMETAL)
+    cloud, symvers = read_kernel(image, Arch.AMD64, Flavor.CLOUD, "amd64")
+    metal, _ = read_kernel(image, Arch.AMD64, Flavor.BAREMETAL, "amd64")
     assert (cloud.build.release, metal.build.release) == ("6.12.344-cloud-amd64", "6.12.344-amd64")
     assert (cloud.drm, metal.drm) == (False, True)
     assert b"6.12.344-cloud-amd64" in symvers
 
 
 def test_what_is_read(tmp_path: Path) -> None:
-    kernel, _ = read_kernel(rootfs(tmp_path, CLOUD), Arch.AMD64, Flavor.CLOUD)
+    kernel, _ = read_kernel(rootfs(tmp_path, CLOUD), Arch.AMD64, Flavor.CLOUD, "amd64")
     assert kernel.build.version == "6.12.344", "LINUX_VERSION_CODE would say 255"
     assert kernel.build.package == "6.12.344-3gl0"
     assert kernel.build.modversions
@@ -82,11 +82,53 @@ def test_what_is_read(tmp_path: Path) -> None:
     assert kernel.compiler == {"gcc-14": "14.2.0-19"}
 
 
+TOOLS = ("gcc-14", "ld", "strip")
+ARM = headers("6.12.344-cloud-arm64", "6.12.344-3gl0", arch="ARM64")
+
+
+def tools(prefix: str, *names: str) -> dict[str, str]:
+    return {f"usr/bin/{prefix}{name}": "" for name in names}
+
+
+@pytest.mark.parametrize(
+    ("runs_on", "there", "cross"),
+    [
+        ("arm64", tools("", *TOOLS), ""),
+        ("amd64", tools("aarch64-linux-gnu-", *TOOLS), "aarch64-linux-gnu-"),
+        ("amd64", tools("aarch64-linux-gnu-", "gcc", "ld", "strip"), "aarch64-linux-gnu-"),
+        # an image of the kernel's own architecture needs no prefix, whatever else lies there
+        ("arm64", tools("aarch64-linux-gnu-", *TOOLS), ""),
+    ],
+    ids=["its own", "cross, of a version", "cross", "its own, with a prefix"],
+)
+def test_the_image_says_how_modules_are_compiled(
+    runs_on: str, there: Mapping[str, str], cross: str, tmp_path: Path
+) -> None:
+    kernel, _ = read_kernel(rootfs(tmp_path, ARM, there), Arch.ARM64, Flavor.CLOUD, runs_on)
+    assert kernel.cross == cross
+
+
+@pytest.mark.parametrize(
+    ("there", "lacking"),
+    [
+        (tools("", *TOOLS), "no aarch64-linux-gnu-gcc, no aarch64-linux-gnu-ld, no aarch64-linux-gnu-strip"),
+        (tools("aarch64-linux-gnu-", "gcc-ar", "ld", "strip"), "no aarch64-linux-gnu-gcc"),
+        (tools("aarch64-linux-gnu-", "gcc-14"), "no aarch64-linux-gnu-ld, no aarch64-linux-gnu-strip"),
+    ],
+)
+def test_an_image_of_another_architecture_without_its_tools_is_refused(
+    there: Mapping[str, str], lacking: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BuildError, match="is of amd64 and cannot compile for arm64") as caught:
+        read_kernel(rootfs(tmp_path, ARM, there), Arch.ARM64, Flavor.CLOUD, "amd64")
+    assert caught.value.got == lacking
+
+
 def test_two_builds_of_one_release_name_differ(tmp_path: Path) -> None:
     other = headers("6.12.344-cloud-amd64", "6.12.344-3gl2", config="CONFIG_X=y\n")
     (tmp_path / "other").mkdir()
-    one, _ = read_kernel(rootfs(tmp_path, CLOUD), Arch.AMD64, Flavor.CLOUD)
-    two, _ = read_kernel(rootfs(tmp_path / "other", other), Arch.AMD64, Flavor.CLOUD)
+    one, _ = read_kernel(rootfs(tmp_path, CLOUD), Arch.AMD64, Flavor.CLOUD, "amd64")
+    two, _ = read_kernel(rootfs(tmp_path / "other", other), Arch.AMD64, Flavor.CLOUD, "amd64")
     assert one.build.release == two.build.release
     assert one.build.id != two.build.id
 
@@ -104,14 +146,14 @@ def test_an_image_without_just_one_candidate_is_refused(
     packages: tuple[Mapping[str, str], ...], arch: Arch, said: str, tmp_path: Path
 ) -> None:
     with pytest.raises(BuildError, match="must have the headers of exactly one") as caught:
-        read_kernel(rootfs(tmp_path, *packages), arch, Flavor.CLOUD)
+        read_kernel(rootfs(tmp_path, *packages), arch, Flavor.CLOUD, "amd64")
     assert said in str(caught.value)
 
 
 def test_headers_of_no_package_are_refused(tmp_path: Path) -> None:
     stray = {path: text for path, text in CLOUD.items() if not path.startswith("var/")}
     with pytest.raises(BuildError, match="belongs to no package"):
-        read_kernel(rootfs(tmp_path, stray), Arch.AMD64, Flavor.CLOUD)
+        read_kernel(rootfs(tmp_path, stray), Arch.AMD64, Flavor.CLOUD, "amd64")
 
 
 def test_headers_listed_as_before_the_merge_of_usr_have_their_package(tmp_path: Path) -> None:
@@ -127,11 +169,11 @@ def test_headers_listed_as_before_the_merge_of_usr_have_their_package(tmp_path: 
         **image.nodes,
         f"{build}/build": replace(link, path=f"{build}/build", mode=stat.S_IFLNK | 0o777, target="."),
     }
-    kernel, _ = read_kernel(RootFs(nodes), Arch.AMD64, Flavor.CLOUD)
+    kernel, _ = read_kernel(RootFs(nodes), Arch.AMD64, Flavor.CLOUD, "amd64")
     assert kernel.build.package == "6.12.344-3gl0"
 
 
 def test_broken_headers_beside_sound_ones_do_no_harm(tmp_path: Path) -> None:
     broken = {path: text for path, text in METAL.items() if not path.endswith("auto.conf")}
-    kernel, _ = read_kernel(rootfs(tmp_path, CLOUD, broken), Arch.AMD64, Flavor.CLOUD)
+    kernel, _ = read_kernel(rootfs(tmp_path, CLOUD, broken), Arch.AMD64, Flavor.CLOUD, "amd64")
     assert kernel.build.release == "6.12.344-cloud-amd64"

@@ -8,12 +8,13 @@ import json
 import subprocess
 import tarfile
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from builds import lab, layers, oci, runfile
+from builds import emulation, lab, layers, oci, runfile
 from builds.cache import Cache
 from builds.console import Reporter
 from builds.errors import BuildError, ConfigurationError, InfrastructureError
@@ -65,8 +66,8 @@ def deb(name: str, version: str = "550.163.01-2") -> Package:
 @pytest.mark.parametrize(
     ("what", "arguments", "known"),
     [
-        (recipes.image, ("base", "debian99", Arch.AMD64), "debian12, debian13"),
-        (recipes.image, ("kmodbuild", "debian12", Arch.ARM64), "amd64"),
+        (recipes.image, ("base", "debian99", Arch.AMD64), "debian12, debian12.bpo, debian13"),
+        (recipes.image, ("base", "debian12.bpo", Arch.AMD64), "kmodbuild"),
         (recipes.driver, ("1.2.3", Arch.AMD64), "550.163.01"),
         (recipes.driver, ("470.256.02", Arch.ARM64), "amd64"),
     ],
@@ -77,10 +78,31 @@ def test_an_unknown_input_is_refused_and_the_known_ones_are_named(what, argument
     assert known in str(caught.value)
 
 
-def test_every_release_of_the_file_has_both_images() -> None:
-    for gl in ("debian12", "debian13"):
-        assert "linux-headers-cloud-amd64" in recipes.image("kmodbuild", gl, Arch.AMD64).packages
-        assert "kmod" in recipes.image("base", gl, Arch.AMD64).packages
+@pytest.mark.parametrize("gl", ["debian12", "debian12.bpo", "debian13", "debian13.bpo"])
+@pytest.mark.parametrize("arch", Arch)
+def test_every_release_has_the_headers_of_both_flavours(gl: str, arch: Arch) -> None:
+    recipe = recipes.image("kmodbuild", gl, arch)
+    names = {name.partition("/")[0] for name in recipe.headers or recipe.packages}
+    assert {f"linux-headers-cloud-{arch}", f"linux-headers-{arch}"} <= names
+    assert recipe.runs_on is Arch.AMD64
+
+
+@pytest.mark.parametrize(
+    ("gl", "suites"),
+    [("debian12", ("bookworm",)), ("debian12.bpo", ("bookworm", "bookworm-backports"))],
+)
+def test_a_backported_kernel_alone_comes_from_the_backports(gl: str, suites: tuple[str, ...]) -> None:
+    for arch in Arch:
+        recipe = recipes.image("kmodbuild", gl, arch)
+        assert recipe.suites == suites
+        from_elsewhere = {name for name in (*recipe.packages, *recipe.headers) if "/" in name}
+        assert all(name.startswith("linux-headers-") for name in from_elsewhere)
+
+
+def test_the_base_has_the_tools_of_the_installer() -> None:
+    for gl, arch in product(("debian12", "debian13"), Arch):
+        recipe = recipes.image("base", gl, arch)
+        assert {"kmod", "pciutils"} <= set(recipe.packages) and recipe.runs_on is arch
 
 
 @pytest.mark.parametrize(
@@ -182,12 +204,72 @@ def test_the_index_of_the_folder_names_the_files_of_the_pool() -> None:
     assert f"{hashlib.sha256(index.encode()).hexdigest()} {len(index)} Packages" in apt.flat_release("trixie", index)
 
 
+def test_the_sources_are_the_suites_that_are_named_and_no_others() -> None:
+    lines = apt.source_lines("http://mirror.invalid/debian", ("a", "a-backports"), ("main",), Path("/keys"))
+    assert lines == (
+        "deb [signed-by=/keys] http://mirror.invalid/debian a main\n"
+        "deb [signed-by=/keys] http://mirror.invalid/debian a-backports main\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "fact"),
+    [
+        (
+            "E: The repository 'http://x a-backports Release' does not have a Release file.",
+            "has none of a, a-backports",
+        ),
+        ("E: Temporary failure resolving 'x'", "apt-get failed"),
+    ],
+)
+def test_a_suite_that_is_gone_is_told_from_a_network_that_is(
+    said: str, fact: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = apt.Archive(tmp_path, ("a", "a-backports"), Arch.AMD64, ("main",))
+    monkeypatch.setattr(commands, "require", lambda _: None)
+    monkeypatch.setattr(apt, "_keyring", lambda: Path("/keys"))
+
+    def output(command: list[str], *, subject: str, **_: object) -> str:
+        if "update" in command:
+            raise InfrastructureError(subject, "apt-get failed with status 100", got=said)
+        return TARGETS
+
+    monkeypatch.setattr(commands, "output", output)
+    with pytest.raises(InfrastructureError, match=fact):
+        archive.update()
+
+
 # --- images
+
+
+def test_headers_of_another_architecture_go_in_by_the_images_own_dpkg() -> None:
+    recipe = recipes.image("kmodbuild", "debian12", Arch.ARM64)
+    contents = images.Contents((deb("make"),), ("make",), (deb("linux-headers-6.1.0-1-cloud-arm64"),))
+    line = images.command(recipe, contents, Path("/r"), Path("/a b"), Path("/t"))
+    assert "--architectures=amd64" in line and "--include=make" in line
+    hooks = [word.removeprefix("--customize-hook=") for word in line if word.startswith("--customize-hook=")]
+    assert "cp '/a b'/*.deb" in hooks[0]
+    assert hooks[1] == 'chroot "$1" dpkg --add-architecture arm64'
+    assert "--force-depends" in hooks[2]
+    assert not any("foreign" in hook for hook in hooks[4:]), "what was copied is gone before the image is cleaned"
+
+
+@pytest.mark.parametrize(("runs", "error"), [(False, InfrastructureError), (True, BuildError)])
+def test_an_image_of_an_architecture_that_does_not_run_here_is_not_tried(
+    runs: bool, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emulation, "host_runs", lambda _: runs)
+    monkeypatch.setattr(images, "command", lambda *_: ("sh", "-c", "exit 1"))
+    recipe = recipes.image("base", "debian13", Arch.ARM64)
+    with pytest.raises(error) as caught:
+        images.build(recipe, images.Contents((), ()), tmp_path, tmp_path, tmp_path / "log", lambda _: None)
+    assert ("--arch arm64" in str(caught.value)) is not runs
 
 
 def test_an_image_is_made_without_the_network_and_dies_with_us() -> None:
     recipe = recipes.image("base", "debian13", Arch.AMD64)
-    line = images.command(recipe, Path("/cache/repository"), Path("/cache/root.tar"))
+    contents = images.Contents((deb("kmod"),), ("kmod",))
+    line = images.command(recipe, contents, Path("/cache/repository"), Path("/cache/f"), Path("/cache/root.tar"))
     assert line[:3] == ("setpriv", "--pdeathsig", "KILL")
     assert "--kill-child" in line and "--mount" in line
     assert line[-3:] == ("trixie", "/cache/root.tar", "deb [trusted=yes] copy:/cache/repository ./")
@@ -204,7 +286,12 @@ def test_a_failed_installation_shows_the_end_of_its_log(
     units: list[int] = []
     with pytest.raises(error, match="status 25") as caught:
         images.build(
-            recipes.image("base", "debian13", Arch.AMD64), [], tmp_path, tmp_path, tmp_path / "log", units.append
+            recipes.image("base", "debian13", Arch.AMD64),
+            images.Contents((), ()),
+            tmp_path,
+            tmp_path,
+            tmp_path / "log",
+            units.append,
         )
     assert said in str(caught.value) and str(tmp_path / "log") in str(caught.value)
     assert units == [1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from builds.errors import ConfigurationError
 from builds.kernel import Kernel
 from builds.matrix import Rule
 from builds.model import Arch, Cell, KernelBuild, ModuleType
-from builds.plan import InputImage, InputPackage, Plan
+from builds.plan import InputImage, InputPackage, Plan, Shipped
 
 CELL = Cell.parse("570.172.08-1877.3-amd64-cloud")
 KERNEL = Kernel(
@@ -34,16 +35,21 @@ def make(
     kmodbuild: str = "sha256:b111d",
     package: str = "ac" * 32,
     rules: tuple[Rule, ...] = (),
+    others: tuple[Shipped, ...] = (),
 ) -> Plan:
     return planning.make(
         cell,
         replace(matrix.matrix_of(CELL), rules=rules),
-        kernel=kernel,
-        kmodbuild=InputImage("kmodbuild:amd64-1877.3", kmodbuild),
+        shipped=[Shipped(cell.gl, kernel, InputImage("kmodbuild:amd64-1877.3", kmodbuild)), *others],
         base=InputImage("registry:1877.3", base),
         package=InputPackage("NVIDIA-Linux-x86_64-570.172.08.run", package, 300),
         image_path="registry/driver",
     )
+
+
+def keys(plan: Plan) -> list[Mapping[ModuleType, str]]:
+    """Keys of the modules, by type; one mapping a set."""
+    return [one.modules for one in plan.sets]
 
 
 def rule(module_type: ModuleType, kernel: str = ">=6.12.40,<6.13") -> Rule:
@@ -57,7 +63,7 @@ def test_a_plan_is_what_its_parts_make_it() -> None:
 def test_another_release_with_the_same_kernel_build_has_the_same_image() -> None:
     """The kmodbuild image and the release's name differ; what is in the image does not."""
     other = make(cell=replace(CELL, gl="1877.4"), kmodbuild="sha256:07e4")
-    assert (other.modules, other.userspace, other.image) == (make().modules, make().userspace, make().image)
+    assert (keys(other), other.userspace, other.image) == (keys(make()), make().userspace, make().image)
 
 
 @pytest.mark.parametrize(
@@ -73,21 +79,22 @@ def test_a_key_changes_with_what_its_step_depends_on_only(
     changed: dict[str, object], modules: bool, userspace: bool
 ) -> None:
     before, after = make(), make(**changed)  # type: ignore[arg-type]
-    assert (before.modules != after.modules) == modules
+    assert (keys(before) != keys(after)) == modules
     assert (before.userspace != after.userspace) == userspace
     assert before.image != after.image
 
 
 def test_a_type_that_a_rule_excludes_is_absent_with_the_reason() -> None:
     plan = make(rules=(rule(ModuleType.OPEN),))
-    assert set(plan.modules) == {ModuleType.PROPRIETARY}
-    assert plan.absent == {ModuleType.OPEN: "no open here"}
-    assert plan.modules[ModuleType.PROPRIETARY] == make().modules[ModuleType.PROPRIETARY]
+    (one,), (without_rule,) = plan.sets, make().sets
+    assert plan.types == (ModuleType.PROPRIETARY,)
+    assert one.absent == {ModuleType.OPEN: "no open here"}
+    assert one.modules[ModuleType.PROPRIETARY] == without_rule.modules[ModuleType.PROPRIETARY]
     assert plan.image != make().image
 
 
 def test_a_rule_for_another_kernel_does_not_bite() -> None:
-    assert make(rules=(rule(ModuleType.OPEN, ">=6.13"),)).absent == {}
+    assert make(rules=(rule(ModuleType.OPEN, ">=6.13"),)).sets[0].absent == {}
 
 
 def test_a_cell_without_any_type_is_excluded() -> None:
@@ -97,8 +104,68 @@ def test_a_cell_without_any_type_is_excluded() -> None:
     assert "no proprietary here" in str(caught.value)
 
 
+REBUILT = replace(KERNEL, build=replace(KERNEL.build, package="6.12.44-3gl2", digest="d2" * 32))
+"""Another build of the same kernel name."""
+
+
+def next_release(kernel: Kernel) -> Shipped:
+    return Shipped("1877.4", kernel, InputImage("kmodbuild:amd64-1877.4", "sha256:07e4"))
+
+
+def test_builds_of_one_kernel_name_are_one_image_with_a_module_set_each() -> None:
+    plan = make(others=(next_release(REBUILT),))
+    assert [(one.releases, one.kernel.build.package) for one in plan.sets] == [
+        (("1877.3",), "6.12.44-3gl0"),
+        (("1877.4",), "6.12.44-3gl2"),
+    ]
+    assert len({one.id for one in plan.sets}) == 2
+    assert plan.image not in (make().image, make(kernel=REBUILT).image)
+    assert {tag.name for tag in plan.tags if tag.kind == "alias"} == {
+        "570-6.12.44-cloud-amd64-gardenlinux1877.3",
+        "570-6.12.44-cloud-amd64-gardenlinux1877.4",
+    }
+    assert image.labels(plan)["io.gardenlinux.nvidia.kernel-package"] == "6.12.44-3gl0,6.12.44-3gl2"
+
+
+def test_releases_that_ship_the_same_build_share_one_set_and_both_have_their_alias() -> None:
+    plan = make(others=(next_release(KERNEL),))
+    (one,) = plan.sets
+    assert one.releases == ("1877.3", "1877.4")
+    assert one.kmodbuild.reference == "kmodbuild:amd64-1877.4"
+    assert plan.image == make().image
+    assert len({tag.name for tag in plan.tags if tag.kind == "alias"}) == 2
+
+
+def test_a_kernel_of_another_name_is_left_out() -> None:
+    """The matrix only expects that two releases' kernels have one name; their headers decide."""
+    other = replace(KERNEL, build=replace(KERNEL.build, release="6.12.47-cloud-amd64", digest="d3" * 32))
+    assert make(others=(next_release(other),)) == make()
+
+
+def test_it_does_not_matter_which_of_the_cells_is_planned() -> None:
+    """1877.8 and 1877.9 ship two builds of one kernel name."""
+    shipped = [
+        Shipped(gl, kernel, InputImage(f"kmodbuild:amd64-{gl}", f"sha256:{gl}"))
+        for gl, kernel in (("1877.8", KERNEL), ("1877.9", REBUILT))
+    ]
+    cells = matrix.matrix_of(CELL).siblings(Cell.parse("570.211.01-1877.9-amd64-cloud"))
+    assert [cell.gl for cell in cells] == ["1877.8", "1877.9"]
+    plans = [
+        planning.make(
+            cell,
+            matrix.matrix_of(cell),
+            shipped=shipped,
+            base=make().base,
+            package=make().package,
+            image_path="registry/driver",
+        )
+        for cell in cells
+    ]
+    assert replace(plans[1], cell=cells[0]) == plans[0]
+
+
 def test_a_plan_survives_json() -> None:
-    plan = make(rules=(rule(ModuleType.OPEN),))
+    plan = make(rules=(rule(ModuleType.OPEN),), others=(next_release(REBUILT),))
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
@@ -127,6 +194,16 @@ def test_the_config_starts_the_installer_and_finds_the_libraries_of_its_architec
 )
 def test_a_tag_tells_its_cell(tag: str) -> None:
     assert recheck.cell_of([tag]) == CELL
+
+
+def test_a_tag_of_a_kernel_that_nobody_expected_tells_its_cell_by_what_is_left() -> None:
+    assert recheck.cell_of(["driver:570-6.1.0-50-cloud-amd64-gardenlinux1877.3"]).gl == "1877.3"
+
+
+def test_tags_of_releases_that_share_an_image_tell_the_oldest() -> None:
+    aliases = [f"driver:570-6.12.60-cloud-amd64-gardenlinux1877.{patch}" for patch in (8, 9)]
+    assert recheck.cell_of(aliases).gl == "1877.8"
+    assert recheck.cell_of(["driver:570-6.12.60-cloud-amd64-gardenlinux0"]).gl == "1877.8"
 
 
 def test_all_tags_together_tell_the_cell_where_one_alone_does_not() -> None:

@@ -261,7 +261,7 @@ def test_crc_of_an_even_length_is_the_shells(tmp_path: Path) -> None:
 
 def test_pin_is_compared_first_and_shown(tmp_path: Path) -> None:
     path = package(tmp_path)
-    with pytest.raises(BuildError, match="the pinned sha256 is 0000") as caught:
+    with pytest.raises(BuildError, match="the expected sha256 is 0000") as caught:
         checked(path, sha256="0" * 64)
     assert caught.value.got == hashlib.sha256(path.read_bytes()).hexdigest()
 

@@ -56,6 +56,35 @@ def test_a_layout_without_the_image_says_what_it_has(tmp_path: Path) -> None:
         sources.image(f"oci:{tmp_path}:here", Arch.ARM64, Cache(tmp_path), Reporter())
 
 
+@pytest.mark.parametrize(
+    ("there", "wanted", "taken"),
+    [
+        ([Arch.ARM64], Arch.ARM64, Arch.ARM64),
+        ([Arch.AMD64], Arch.ARM64, Arch.AMD64),
+        ([Arch.AMD64, Arch.ARM64], Arch.ARM64, Arch.ARM64),
+        ([Arch.AMD64, Arch.ARM64], Arch.AMD64, Arch.AMD64),
+        ([Arch.ARM64], Arch.AMD64, Arch.ARM64),
+    ],
+)
+def test_a_kmodbuild_image_is_the_cells_or_else_the_only_one(
+    there: list[Arch], wanted: Arch, taken: Arch, tmp_path: Path
+) -> None:
+    oci.create(tmp_path)
+    for arch in there:
+        oci.add_image(tmp_path, [], arch=arch, names=["here"], history=[f"for {arch}"])
+    found = sources.kmodbuild(f"oci:{tmp_path}:here", wanted, Cache(tmp_path), Reporter())
+    assert found.config["architecture"] == taken
+
+
+def test_of_two_kmodbuild_images_for_other_architectures_none_is_taken(tmp_path: Path) -> None:
+    oci.create(tmp_path)
+    with pytest.raises(ConfigurationError, match="exactly one image"):
+        sources.kmodbuild(f"oci:{tmp_path}:here", Arch.ARM64, Cache(tmp_path), Reporter())
+    images = {"sha256:1": "amd64", "sha256:2": "riscv64"}
+    assert oci.of_architecture(images, Arch.ARM64, others=True) == ("sha256:1", "sha256:2")
+    assert oci.of_architecture(images, Arch.ARM64, others=False) == ()
+
+
 def test_a_folder_without_the_package_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"NVIDIA-Linux-x86_64-1\.2\.run"):
         sources.driver_package(str(tmp_path), "1.2", Arch.AMD64, None, Cache(tmp_path), Reporter())

@@ -15,7 +15,7 @@ KEY = "0123456789abcdef"
 
 
 def compute(kernel: str = KERNEL, *, owns: bool = True, os_tag: str = "gardenlinux0") -> dict[TagKind, str]:
-    found = tags.compute(CELL, kernel, os_tag=os_tag, alias="gardenlinux1877.3", owns_branch=owns, key=KEY)
+    found = tags.compute(CELL, kernel, os_tag=os_tag, aliases=["gardenlinux1877.3"], owns_branch=owns, key=KEY)
     return {tag.kind: tag.name for tag in found}
 
 
