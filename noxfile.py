@@ -152,7 +152,7 @@ def push(session: nox.Session, cell: str) -> None:
 @nox.session(name="probe-package", default=False)
 def probe_package(session: nox.Session) -> None:
     """Read a driver package and say whether every field is understood: -- VERSION or FILE."""
-    _builds(session, "probe-package")
+    session.run(sys.executable, "-m", "builds", "probe-package", *session.posargs, external=True)
 
 
 @nox.session(default=False)
