@@ -193,11 +193,25 @@ def test_table_knows_every_type_of_the_facts_and_says_what_becomes_of_it() -> No
         kinds = [kind for kind in module._TYPES if re.fullmatch(f"{family}(_LIB|_LIB_SYMLINK|_SYMLINK)", kind)]
         assert len(kinds) == 2, family
         assert all(module._TYPES[kind].fields.startswith("A") for kind in kinds)
+    for kind in ("TLS_LIB", "WINE_LIB", "INTERNAL_UTILITY_BINARY", "INTERNAL_UTILITY_LIB", "INTERNAL_UTILITY_DATA"):
+        assert module._TYPES[kind].fields.upper().startswith("A"), kind
     with_path = (
         "TLS_LIB XMODULE_SHARED_LIB DOCUMENTATION MANPAGE APPLICATION_PROFILE DOT_DESKTOP NVIDIA_MODPROBE "
         "VULKAN_ICD_JSON SYSTEMD_UNIT_SYMLINK SANDBOXUTILS_FILELIST_JSON EXPLICIT_PATH"
     )
-    assert all("P" in module._TYPES[kind].fields for kind in with_path.split())
+    families = r"(CUDA|OPENCL|OPENCL_WRAPPER|VDPAU|GLX_MODULE)_(LIB|SHARED_LIB|LIB_SYMLINK|SYMLINK)"
+    of_families = [kind for kind in module._TYPES if re.fullmatch(families, kind)]
+    assert len(of_families) == 10
+    assert all("P" in module._TYPES[kind].fields for kind in (*with_path.split(), *of_families))
+    without = (
+        "UTILITY_BINARY",
+        "INSTALLER_BINARY",
+        "CUDA_ICD",
+        "KERNEL_MODULE",
+        "SYSTEMD_UNIT",
+        "SYSTEMD_SLEEP_SCRIPT",
+    )
+    assert all(not module._TYPES[kind].fields for kind in without)
     assert all("I" in module._TYPES[kind].fields for kind in ("KERNEL_MODULE_SRC", "DKMS_CONF", "FIRMWARE"))
     for kind, rule in module._TYPES.items():
         assert (rule.folder is None) == bool(rule.reason), kind
