@@ -156,6 +156,12 @@ def push(session: nox.Session, cell: str) -> None:
     _builds(session, "push", cell)
 
 
+@nox.session(name="probe-package", default=False)
+def probe_package(session: nox.Session) -> None:
+    """Read a driver package and say whether every field is understood: -- VERSION or FILE."""
+    session.run(sys.executable, "-m", "builds", "probe-package", *session.posargs, external=True)
+
+
 @nox.session(default=False)
 def summary(session: nox.Session) -> None:
     """Print digest, size, times and checks of the selected cells."""

@@ -78,11 +78,16 @@ def start(cell: Cell, options: Mapping[str, str], report: Reporter, defaults: Ma
     of = matrix.matrix_of(cell)
     settings = resolve({**of.settings, **(defaults or {})}, options)
     for folder in (settings.cache_dir, settings.out_dir):
-        with disk_errors(folder.name, folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            if not any(folder.iterdir()):  # only what was empty may be emptied again
-                write_atomically(folder / "CACHEDIR.TAG", _TAG)
+        claim(folder)
     return Run(cell, of, settings, Cache(settings.cache_dir), report)
+
+
+def claim(folder: Path) -> None:
+    """Make a folder of ours if it is not there, and mark it as ours if it is empty: no other is ever emptied."""
+    with disk_errors(folder.name, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
+            write_atomically(folder / "CACHEDIR.TAG", _TAG)
 
 
 def make_inputs(runs: Iterable[Run], *, refresh: bool) -> None:
