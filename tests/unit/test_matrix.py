@@ -484,6 +484,14 @@ def test_metal_is_accepted_for_baremetal() -> None:
     assert ids(GL_VERSION="1877.3", KERNEL_FLAVOR="metal") == ids(GL_VERSION="1877.3", KERNEL_FLAVOR="baremetal")
 
 
+def test_another_architecture_or_flavour_alone_is_that_of_the_default_cell() -> None:
+    assert matrix.select({"TARGET_ARCH": "arm64"}) == (Cell.parse("550.163.01-debian12-arm64-cloud"),)
+    assert [str(cell) for cell in matrix.select({"TARGET_ARCH": "all", "KERNEL_FLAVOR": "metal"})] == [
+        "550.163.01-debian12-amd64-baremetal",
+        "550.163.01-debian12-arm64-baremetal",
+    ]
+
+
 def test_lists_select_several() -> None:
     assert len(ids(GL_VERSION="1877.8, 1877.9", DRIVER_VERSION="570.211.01", TARGET_ARCH="all")) == 4
 

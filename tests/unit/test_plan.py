@@ -213,6 +213,41 @@ def test_all_tags_together_tell_the_cell_where_one_alone_does_not() -> None:
     assert recheck.cell_of([immutable, "driver:550-6.1.0-50-cloud-amd64-debian12"]).gl == "debian12"
 
 
+@pytest.mark.parametrize(
+    ("tags", "gl"),
+    [
+        (["driver:550-6.1.0-50-cloud-amd64-debian12"], "debian12"),
+        (["driver:550-6.12.95_deb12-cloud-amd64-debian12.bpo"], "debian12.bpo"),
+        (
+            [
+                "driver:550-6.12.95_deb12-cloud-amd64-debian12",
+                "driver:550-6.12.95_deb12-cloud-amd64-debian12.bpo",
+                "driver:550.163.01-6.12.95_deb12-cloud-amd64-0123456789ab",
+            ],
+            "debian12.bpo",
+        ),
+    ],
+)
+def test_releases_that_share_an_os_tag_are_told_apart_by_the_tag_for_people(tags: list[str], gl: str) -> None:
+    assert recheck.cell_of(tags).gl == gl
+
+
+def test_a_release_with_another_os_tag_keeps_its_name_in_the_tag_for_people() -> None:
+    cell = Cell.parse("550.163.01-debian12.bpo-amd64-cloud")
+    made = planning.make(
+        cell,
+        matrix.matrix_of(cell),
+        kernel=KERNEL,
+        kmodbuild=InputImage("kmodbuild:amd64-debian12.bpo", "sha256:b111d"),
+        base=InputImage("registry:debian13", "sha256:ba5e"),
+        package=InputPackage("NVIDIA-Linux-x86_64-550.163.01.run", "ac" * 32, 300),
+        image_path="registry/driver",
+    )
+    assert made.os_tag == "debian12"
+    names = [tag.name for tag in made.tags]
+    assert "550-6.12.44-cloud-amd64-debian12" in names and "550-6.12.44-cloud-amd64-debian12.bpo" in names
+
+
 @pytest.mark.parametrize("tags", [[], ["driver:latest"], ["driver:999-6.12.44-cloud-amd64-gardenlinux0"]])
 def test_a_tag_that_tells_no_cell_is_an_error_that_asks_for_it(tags: list[str]) -> None:
     with pytest.raises(ConfigurationError, match="--cell"):
