@@ -19,9 +19,12 @@ from pathlib import Path
 import requests
 
 from . import http
-from .cache import CHUNK, disk_errors, file_sha256, locked, remove, write_atomically
+from .cache import disk_errors, file_sha256, locked, remove, write_atomically
 from .console import Reporter
 from .errors import BuildError, HarnessError, InfrastructureError
+
+_PIECE = 64 * 1024
+"""Bytes read at a time: what is lost of an answer that breaks off."""
 
 _PLAIN = {"Accept-Encoding": "identity"}
 """A file as it is: a server that compresses what it sends has other lengths and other offsets."""
@@ -49,9 +52,10 @@ class Site:
     def known(self, url: str) -> Known | None:
         """What the record of a URL says, if there is one that can be read."""
         try:
-            return Known(**json.loads(self._record(url).read_bytes()))
+            known = Known(**json.loads(self._record(url).read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
+        return known if re.fullmatch(r"[0-9a-f]{64}", str(known.sha256)) else None
 
     def remember(self, url: str, sha256: str, name: str, checksum: str) -> None:
         """Write down which bytes a URL has."""
@@ -72,9 +76,13 @@ class Site:
             return None
         if file_sha256(path) == sha256:
             return path
-        self.report.say(f"  {name}: is not what it was in the cache: it is downloaded again", style="yellow")
-        path.unlink()
+        self.drop(path, "its bytes have changed")
         return None
+
+    def drop(self, path: Path, why: str) -> None:
+        """Remove a file that is not what it was."""
+        self.report.say(f"  {path.name} in the cache: {why}; it is downloaded again", style="yellow")
+        path.unlink()
 
     @contextmanager
     def alone(self, url: str, name: str) -> Iterator[None]:
@@ -227,7 +235,7 @@ def _complete(url: str, part: _Part, report: Reporter, absent: HarnessError, hin
         try:
             http.retrying(f"download {part.path.stem}", report.say)(once)
         except requests.RequestException as error:
-            if part.size < before + CHUNK:
+            if part.size < before + _PIECE:
                 raise _unreachable(place, error, hint) from error
             before = part.size
         else:
@@ -268,7 +276,7 @@ def _attempt(url: str, part: _Part, report: Reporter, absent: HarnessError, hint
             report.say(f"  download {part.path.stem}: goes on at {have} of {total} bytes")
         with report.bytes(f"download {part.path.stem}", total) as advance, part.path.open("ab") as file:
             advance(have)
-            for chunk in response.iter_content(CHUNK):
+            for chunk in response.iter_content(_PIECE):
                 file.write(chunk)
                 advance(len(chunk))
     if total is not None and part.size != total:

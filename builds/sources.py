@@ -151,7 +151,7 @@ def _downloaded(
         return path, pin, Checksum.PINNED
     trusted = known and not pin and (known.checksum == Checksum.PUBLISHED or not vouched)
     if known and trusted and (path := _proven(known.sha256, name, check, site)):
-        return path, known.sha256, Checksum(known.checksum)
+        return path, known.sha256, _checksum(None, known.sha256 if known.checksum == Checksum.PUBLISHED else None)
     published = None if pin else _published(url, name, known, site, vouched)
     checksum = _checksum(pin, published)
     expected = pin or published or (known.sha256 if known else None)
@@ -189,10 +189,15 @@ def _published(url: str, name: str, known: Known | None, site: Site, vouched: bo
 
 
 def _proven(sha256: str, name: str, check: Callable[[Path, str | None], str], site: Site) -> Path | None:
-    """A package of these bytes in the cache; it is checked like any other, for it may be called what it is not."""
-    path = site.find(sha256, name)
-    if path:
+    """A package of these bytes in the cache, checked like one that just came; one that is damaged is removed."""
+    path = site.path(sha256, name)
+    if not path.is_file():
+        return None
+    try:
         check(path, sha256)
+    except BuildError as error:
+        site.drop(path, error.fact)
+        return None
     return path
 
 

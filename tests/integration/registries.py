@@ -65,7 +65,7 @@ def answering(handler: Callable[..., http.server.BaseHTTPRequestHandler]) -> Ite
     """Run a web server on a free port of this machine; its address."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         try:
             yield f"127.0.0.1:{server.server_port}"

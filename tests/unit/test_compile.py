@@ -12,6 +12,7 @@ from builds import compile as compiling
 from builds import oci
 from builds.engine import Engine
 from builds.model import Arch, Cell
+from builds.plan import Inputs, Plan, SetInputs
 
 from .test_plan import CELL, KERNEL, make
 
@@ -22,6 +23,10 @@ CROSS = replace(KERNEL, cross="aarch64-linux-gnu-")
 def engine(arch: str) -> Engine:
     nobody: Any = None
     return Engine(nobody, "unix:///x", "1", arch)
+
+
+def variables(plan: Plan) -> dict[str, str]:
+    return compiling._variables(plan, plan.sets[0])
 
 
 @pytest.mark.parametrize(
@@ -37,12 +42,14 @@ def test_it_is_said_how_modules_are_compiled(
 ) -> None:
     oci.create(tmp_path)
     image = oci.add_image(tmp_path, [], arch=runs_on, names=["kmodbuild"])
-    assert compiling.way(kernel, image, engine(on)) == said
+    (of,) = make(cell=cell, kernel=kernel).sets
+    inputs = Inputs({of.id: SetInputs(image, tmp_path)}, image, tmp_path, {})
+    assert compiling.way(of, inputs, engine(on)) == said
 
 
 def test_a_build_is_told_its_architecture_and_its_tools_only_where_they_are_others() -> None:
-    told = compiling.variables(make())
+    told = variables(make())
     assert told["ARCH"] == "x86_64" and "CROSS_COMPILE" not in told
-    told = compiling.variables(make(cell=ARM, kernel=CROSS))
+    told = variables(make(cell=ARM, kernel=CROSS))
     assert (told["ARCH"], told["CROSS_COMPILE"]) == ("arm64", "aarch64-linux-gnu-")
     assert (told["SYSSRC"], told["SYSOUT"]) == (KERNEL.source, KERNEL.output)

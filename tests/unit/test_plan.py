@@ -237,8 +237,7 @@ def test_a_release_with_another_os_tag_keeps_its_name_in_the_tag_for_people() ->
     made = planning.make(
         cell,
         matrix.matrix_of(cell),
-        kernel=KERNEL,
-        kmodbuild=InputImage("kmodbuild:amd64-debian12.bpo", "sha256:b111d"),
+        shipped=[Shipped(cell.gl, KERNEL, InputImage("kmodbuild:amd64-debian12.bpo", "sha256:b111d"))],
         base=InputImage("registry:debian13", "sha256:ba5e"),
         package=InputPackage("NVIDIA-Linux-x86_64-550.163.01.run", "ac" * 32, 300),
         image_path="registry/driver",

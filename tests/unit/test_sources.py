@@ -9,7 +9,7 @@ import pytest
 from builds import oci, sources
 from builds.cache import Cache
 from builds.console import Reporter
-from builds.errors import ConfigurationError
+from builds.errors import BuildError, ConfigurationError
 from builds.model import Arch
 from builds.registry import Reference
 
@@ -88,3 +88,41 @@ def test_of_two_kmodbuild_images_for_other_architectures_none_is_taken(tmp_path:
 def test_a_folder_without_the_package_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"NVIDIA-Linux-x86_64-1\.2\.run"):
         sources.driver_package(str(tmp_path), "1.2", Arch.AMD64, None, Cache(tmp_path), Reporter())
+
+
+HEX = "0123456789abcdef" * 4
+NAME = "NVIDIA-Linux-x86_64-1.2.run"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        HEX,
+        f"{HEX}\n",
+        f"{HEX.upper()}  {NAME}\n",
+        f"{HEX} *{NAME}\r\n",
+        f"{HEX}  ./1.2/{NAME}",
+        f"SHA256 ({NAME}) = {HEX}",
+        f"{'f' * 64}  other.run\n\n{HEX}  {NAME}\n{HEX}  {NAME}\n",
+    ],
+)
+def test_a_published_checksum_is_read_in_every_usual_form(text: str) -> None:
+    assert sources.parse_sha256sum(text, NAME, "where") == HEX
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "<!DOCTYPE html>\n",
+        f"{HEX}  other.run",
+        f"{HEX[:-1]}  {NAME}",
+        f"{HEX}{NAME}",
+        f"{HEX}  {NAME}\n{'f' * 64}  {NAME}",
+        f"{HEX}  {NAME}\n<html>",
+        f"MD5 ({NAME}) = {HEX}",
+    ],
+)
+def test_what_is_no_checksum_of_the_package_is_refused(text: str) -> None:
+    with pytest.raises(BuildError, match="where"):
+        sources.parse_sha256sum(text, NAME, "where")
