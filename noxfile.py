@@ -100,6 +100,13 @@ else:
         _builds(session, "plan", *(cell.id for cell in NAMED))
 
 
+@nox.session(name="probe-headers", default=False)
+@per_cell
+def probe_headers(session: nox.Session, cell: str) -> None:
+    """Tell in seconds, before compiling, which known changes of its interface a cell's kernel has."""
+    _builds(session, "probe-headers", cell)
+
+
 @nox.session(name="build-driver", default=False)
 @per_cell
 def build_driver(session: nox.Session, cell: str) -> None:

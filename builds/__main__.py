@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         const=outlook.JOBS,
         help="share the cells out among CI jobs, at most so many (%(const)s): a matrix as GitHub takes it",
     )
+    verb("probe-headers", _probe_headers, "tell in seconds which known changes of its interface a kernel has")
     verb("build-driver", _build_driver, "compile the kernel modules")
     verb("build-image", _build_image, "pack the image from compiled modules")
     verb("build", _build, "compile and pack")
@@ -269,6 +270,12 @@ def _shown(one: ModuleSet) -> list[tuple[str, str]]:
         *((f"{name} modules", key[:12]) for name, key in one.modules.items()),
         *((f"{name} modules", f"absent by rule: {reason}") for name, reason in one.absent.items()),
     ]
+
+
+def _probe_headers(options: argparse.Namespace, report: Reporter) -> int:
+    from . import pipeline
+
+    return _each(options, report, pipeline.probe)
 
 
 def _build_driver(options: argparse.Namespace, report: Reporter) -> int:

@@ -86,8 +86,6 @@ class Matrix:
     inputs: str
     settings: Mapping[str, str]
     os_tag: str
-    os_tags: Mapping[str, str]
-    """Those of releases that have another than the matrix."""
     alias: str
     base: Mapping[Arch, str]
     pins: Mapping[tuple[str, Arch], str]
@@ -127,10 +125,6 @@ class Matrix:
             for rule in self.rules
             if rule.is_about(cell.driver) and (rule.applies(cell.driver, upstream) if upstream else not rule.kernel)
         }
-
-    def os_tag_of(self, cell: Cell) -> str:
-        """OS part of the tags that the GPU Operator computes for a cell's node."""
-        return self.os_tags.get(cell.gl, self.os_tag).format(gl=cell.gl)
 
     def owns_branch(self, cell: Cell) -> bool:
         """Whether a cell's driver is the newest of its branch for the same node: it alone moves the branch's tag.
@@ -189,7 +183,6 @@ def load(path: Path) -> Matrix:
         inputs=document["inputs"],
         settings=document.get("settings", {}),
         os_tag=document["os_tag"],
-        os_tags={release["gl"]: release["os_tag"] for release in document["releases"] if "os_tag" in release},
         alias=document["alias"],
         base={Arch(arch): gl for arch, gl in document["base"].items()},
         pins={

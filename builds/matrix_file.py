@@ -71,20 +71,25 @@ def read(path: Path) -> dict[str, Any]:
     return dict(document)
 
 
-_PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is many times as quick, where there is one
+_LIBYAML: Any = getattr(yaml, "CSafeLoader", None)
 
 
-class _Loader(Composer, _PARSER):  # type: ignore[misc]  # composes in Python, from either parser's events
+def _begin(loader: Any, stream: str) -> None:
+    _LIBYAML.__init__(loader, stream)
+    Composer.__init__(loader)
+
+
+_Composing: Any = type("_Composing", (Composer, _LIBYAML), {"__init__": _begin}) if _LIBYAML else yaml.SafeLoader
+"""Composes in Python what libyaml parses, which is many times as quick, where there is a libyaml."""
+
+
+class _Loader(_Composing):  # type: ignore[misc]
     """Gives an alias the line where it stands, and refuses one inside of what it stands for: it would have no end."""
-
-    def __init__(self, stream: str) -> None:
-        _PARSER.__init__(self, stream)
-        Composer.__init__(self)
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         alias = self.check_event(yaml.AliasEvent)
         mark = self.peek_event().start_mark
-        node = super().compose_node(parent, index)
+        node: yaml.Node | None = super().compose_node(parent, index)
         if node is None or not alias:
             return node
         if node.end_mark is None:

@@ -372,6 +372,9 @@ def _row(cells: Sequence[CellOutlook], sets: Sequence[SetOutlook], footnotes: di
     if len(sets) > 1:
         builds = ", ".join(f"{one.package} ({', '.join(one.releases)})" for one in sets)
         notes.append(f"{len(sets)} module sets {footnote(f'builds of one kernel name, a module set each: {builds}')}")
+    selected = {one.cell.gl for one in cells}
+    if others := [gl for one in sets for gl in one.releases if gl not in selected]:
+        notes.append(f"also that of {', '.join(others)}")
     if here := [one.cell.gl for one in cells if one.note == _HERE]:
         notes.append(f"{_HERE}: {', '.join(here)}")
     if first.status is Status.UNKNOWN and first.note:

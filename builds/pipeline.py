@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from . import engine as engines
 from . import http, lab, matrix, oci, registry, userspace, verify
 from . import image as packing
 from . import plan as planning
+from . import probe as probing
 from . import push as pushing
 from .cache import Cache, disk_errors, locked, remove, write_atomically
 from .console import Reporter, human_size, human_time
@@ -117,6 +118,39 @@ def plan(run: Run) -> tuple[Plan, Inputs]:
             hint=f'nox -s "lab({run.cell})" makes them; so does a build',
         )
     return planning.resolve(run.cell, run.matrix, run.settings, run.cache, run.report)
+
+
+def probe(run: Run) -> None:
+    """Tell which known changes of the kernel's interface the cell's kernel has, and which drivers they break."""
+    with phase(run, "probe-headers"):
+        without_rules = replace(run, matrix=replace(run.matrix, rules=()))
+        made, inputs = _planned(without_rules)
+        for one in made.sets:
+            found = probing.run(made, one, inputs, engine=engines.connect(), cache=run.cache, report=run.report)
+            version, drivers = one.kernel.build.version, sorted({cell.driver for cell in run.matrix.cells})
+            rules = {
+                (driver, rule.module_type)
+                for driver in drivers
+                for rule in run.matrix.rules
+                if rule.applies(driver, version)
+            }
+            run.report.table(
+                f"Kernel {one.kernel.build.release} ({one.kernel.build.package})",
+                ("change", "is in it", "drivers of the matrix that it breaks"),
+                (
+                    (
+                        f"{change.name}: {change.reason}",
+                        "yes" if change in found else "no",
+                        "\n".join(
+                            f"{driver} {kind}" + ("" if (driver, kind) in rules else ": no rule says so")
+                            for driver in drivers
+                            for kind in change.types
+                            if change in found and change.hits(driver, kind)
+                        ),
+                    )
+                    for change in probing.known()
+                ),
+            )
 
 
 def build_driver(run: Run) -> Plan:
@@ -329,9 +363,14 @@ def _driver(run: Run, made: Plan, inputs: Inputs) -> None:
 def _modules(run: Run, made: Plan, inputs: Inputs) -> Compiled:
     """The plan's modules: from the cache, the cell's output folder, or the compiler."""
     engine = None
+    probed: set[str] = set()
     for one, module_type, key in _each_type(made):
         if not compiling.adopt(key, run.modules(one, module_type), run.cache):
             engine = engine or engines.connect()
+            if one.id not in probed:
+                found = probing.run(made, one, inputs, engine=engine, cache=run.cache, report=run.report)
+                probing.check(made, one, found, run.report)
+                probed.add(one.id)
             compiling.modules(
                 made,
                 one,

@@ -332,6 +332,11 @@ def test_a_cell_of_unknown_kernel_goes_with_its_neighbours(tmp_path: Path) -> No
     assert jobs == [["1.8", "1.9", "1.10"], ["1.11", "1.12", "1.13"], ["2.0"]]
 
 
+def test_of_jobs_with_as_much_work_the_one_that_has_the_driver_package_gets_more(tmp_path: Path) -> None:
+    found = plan(read(tmp_path), "570.172.08-1.11", "570.211.01-1.11", "570.211.01-1.13")
+    assert [len({cell.driver for cell in job}) for job in outlook.groups(found, 2)] == [1, 1]
+
+
 def test_excluded_cells_have_no_job(tmp_path: Path) -> None:
     assert outlook.groups(plan(read(tmp_path), "570.211.01-1.14")) == ()
 
@@ -393,6 +398,41 @@ def test_a_plan_in_json_is_one_document(capsys: pytest.CaptureFixture[str], else
         (ids[1], "reused", "on this machine"),
         (ids[2], "unknown until resolved", "open and proprietary absent if the kernel is >=6.18.41"),
     ]
+
+
+def test_a_table_says_which_other_releases_an_image_is_for_and_why_something_is_absent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "a.yaml").write_text(TEXT)
+    monkeypatch.setattr(matrix, "FILES", (tmp_path / "a.yaml",))
+    names = ("570.211.01-1.10", "570.211.01-1.14", "470.1.0-1.13", "570.211.01-2.0")
+    assert cli.main(["plan", *(cell.id for cell in cells(*names))]) == 0
+    said = capsys.readouterr().err
+    rows = {tuple(part.strip() for part in line.split("│")[1:-1]) for line in said.splitlines() if line.startswith("│")}
+    assert rows == {
+        ("470.1.0", "6.12.70-cloud-amd64", "amd64 cloud", "1.13", "build", "open absent [1]"),
+        (
+            "570.211.01",
+            "6.12.60-cloud-amd64",
+            "amd64 cloud",
+            "1.10",
+            "build",
+            "2 module sets [2]; also that of 1.8, 1.9",
+        ),
+        (
+            "570.211.01",
+            "6.12.71-cloud-amd64",
+            "amd64 cloud",
+            "1.14",
+            "excluded",
+            "open absent [3]; proprietary absent [4]",
+        ),
+        ("570.211.01", "", "amd64 cloud", "2.0", "unknown until resolved", "rules [5]"),
+    }
+    assert "[1] no open modules in this branch\n" in said
+    assert "[2] builds of one kernel name, a module set each: 6.12.60-3gl0 (1.8), 6.12.60-3gl2 (1.9, 1.10)\n" in said
+    assert "[5] open and proprietary absent if the kernel is >=6.12.71\n" in said
+    assert "cells: 4 = 2 build + 0 reused + 0 joined + 1 excluded + 1 unknown until resolved\n" in said
 
 
 def test_one_cell_offline(capsys: pytest.CaptureFixture[str]) -> None:
