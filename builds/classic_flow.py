@@ -129,9 +129,9 @@ def differences(
     return "\n".join(
         (
             _INTRODUCTION.format(version=manifest.version, arch=arch, triplet=arch.triplet),
-            f"{len(ours)} files and links are in the image. {kept} of them are in the classic archive as well,",
-            f"{len(copies)} as copies instead of links, {len(lost)} not at all. {len(only_theirs)} are in the classic",
-            "archive alone.",
+            f"{len(ours)} files and links are in the image. {kept} of them are in the classic archive as well, "
+            f"{len(copies)} as copies instead of links,",
+            f"{len(lost)} not at all. {len(only_theirs)} are in the classic archive alone.",
             "",
             "## In the image, lost by the classic flow",
             "",
@@ -178,6 +178,8 @@ takes of it. That project's *classic flow* has two steps:
    everything of OpenGL and X as well.
 2. Globs: `cp /usr/lib/{triplet}/*nvidia* /usr/lib/{triplet}/*cuda* OUT/lib`; then `OUT/bin/*install*`
    and `OUT/share` are removed, and `OUT` is archived. Both steps end with 0 although a library is missing.
+
+What was brought along in other ways later, after users had missed it (firmware, licences), is not counted here.
 
 That our rules and the first step agree was measured: the installer, built from its GPL source and run on packages put
 together from Debian's, laid down 51 of the 51 files that the manifest's types promise for 470.256.02, and 49 of the 50

@@ -36,7 +36,7 @@ def _places(good: Path) -> dict[str, int]:
     decompressor, payload = lines[header.decompressor[0] - 1], lines[header.skip - 1]
     return {
         "in its checksum": lines[1] + len(b"CRCsum=1"),
-        "in its header": lines[5] + 5,
+        "in its header": lines[4] + len('label="NV'),
         "in its decompressor": (decompressor + payload) // 2,
         "in its payload": (payload + len(data)) // 2,
         "at its end": len(data) - 1000,
