@@ -222,10 +222,10 @@ def _plan(options: argparse.Namespace, report: Reporter) -> int:
 
 
 def _plan_offline(options: argparse.Namespace, cells: Sequence[Cell], report: Reporter) -> int:
-    from . import matrix
+    from . import matrix, pipeline
 
     out = configuration.resolve(options=_settings(options)).out_dir
-    found = outlook.make(matrix.load_all(), cells, outlook.on_this_machine(out, cells))
+    found = outlook.make(matrix.load_all(), cells, pipeline.made(out, cells))
     if options.ci:
         outlook.refuse(found.collisions)
         print(json.dumps(outlook.ci_matrix(outlook.groups(found, options.ci))))
