@@ -156,6 +156,12 @@ def push(session: nox.Session, cell: str) -> None:
     _builds(session, "push", cell)
 
 
+@nox.session(name="probe-package", default=False)
+def probe_package(session: nox.Session) -> None:
+    """Read a driver package and say whether every field is understood: -- VERSION or FILE."""
+    session.run(sys.executable, "-m", "builds", "probe-package", *session.posargs, external=True)
+
+
 @nox.session(default=False)
 def summary(session: nox.Session) -> None:
     """Print digest, size, times and checks of the selected cells."""
@@ -192,6 +198,8 @@ def unit(session: nox.Session) -> None:
 def test(session: nox.Session) -> None:
     """Run all tests: linters, unit tests, and lab, build and verify for real."""
     _lint(session)
+    # One image of the tests is for arm64.
+    session.run(sys.executable, "-m", "builds", "setup", "--arch", "arm64", external=True)
     # A file's tests share what they build; of two files at once, one waits for processes while the other computes.
     workers = ("-n", "2", "--dist", "loadfile")
     session.run(

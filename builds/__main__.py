@@ -133,6 +133,16 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument(
         "--drop-builds", action="store_true", help="let tags lose kernel builds that their images have modules for"
     )
+    probe = verb(
+        "probe-package", _probe_package, "read a driver package and say whether every field is understood", cells=False
+    )
+    probe.add_argument("package", metavar="VERSION|FILE", help="a file, or a version from where NVIDIA_BASE_URL leads")
+    probe.add_argument("--arch", choices=[*Arch], type=Arch, help="architecture that it has to be of")
+    how = probe.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="everything, as JSON on standard output")
+    how.add_argument(
+        "--differences", action="store_true", help="the user space against the classic flow's, as Markdown"
+    )
     verb("summary", _summary, "print digest, size, times and checks of the selected cells")
     clean = verb("clean", _clean, "empty the output folder", cells=False)
     clean.add_argument("--all", action="store_true", help="empty the cache as well")
@@ -212,10 +222,10 @@ def _plan(options: argparse.Namespace, report: Reporter) -> int:
 
 
 def _plan_offline(options: argparse.Namespace, cells: Sequence[Cell], report: Reporter) -> int:
-    from . import matrix
+    from . import matrix, pipeline
 
     out = configuration.resolve(options=_settings(options)).out_dir
-    found = outlook.make(matrix.load_all(), cells, outlook.on_this_machine(out, cells))
+    found = outlook.make(matrix.load_all(), cells, pipeline.made(out, cells))
     if options.ci:
         outlook.refuse(found.collisions)
         print(json.dumps(outlook.ci_matrix(outlook.groups(found, options.ci))))
@@ -320,6 +330,23 @@ def _push(options: argparse.Namespace, report: Reporter) -> int:
     from . import pipeline
 
     return _each(options, report, lambda run: pipeline.push(run, drop_builds=options.drop_builds))
+
+
+def _probe_package(options: argparse.Namespace, report: Reporter) -> None:
+    from . import pipeline, probe_package
+    from .cache import Cache
+
+    settings = configuration.resolve(options=_settings(options))
+    pipeline.claim(settings.cache_dir)
+    probe_package.run(
+        options.package,
+        options.arch,
+        settings.nvidia_base_url,
+        Cache(settings.cache_dir),
+        report,
+        as_json=options.json,
+        differences=options.differences,
+    )
 
 
 def _summary(options: argparse.Namespace, report: Reporter) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from . import engine as engines
-from . import oci, recipes, runfile
+from . import oci, recipes, runfile, userspace
 from .cache import Cache, is_whole, key_of, publish
 from .console import Reporter
 from .engine import Engine, Execution
@@ -31,13 +31,17 @@ _ERROR = re.compile(r"(:\d+:\d+: (fatal )?error: |^ERROR: |: error: |\*\*\* .*St
 
 
 def driver_tree(plan: Plan, inputs: Inputs, cache: Cache, report: Reporter) -> Path:
-    """The driver package unpacked, once per package."""
+    """The driver package unpacked, once per package.
+
+    Raises BuildError for one that cannot make a user space: better now than after minutes of compiling.
+    """
 
     def unpack(folder: Path) -> None:
         with report.step("unpack driver package"):
             header = runfile.read_header(inputs.package)
             with report.bytes("unpack", None) as advance:
                 runfile.unpack(inputs.package, header, folder, progress=advance)
+            userspace.selection(folder, {}, plan.cell.arch)
 
     key = key_of(package=plan.package.sha256, recipe=recipes.DRIVER_TREE)
     return cache.make("driver", key, unpack, proven=True)[0]

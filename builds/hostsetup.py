@@ -122,16 +122,17 @@ def _emulate(arch: Arch, report: Reporter) -> bool:
     with report.step(f"register {name}"):
         if not (_BINFMT / "register").exists():
             _run(["mount", "-t", "binfmt_misc", "binfmt_misc", str(_BINFMT)])
-        description = next((place / f"{name}.conf" for place in _BINFMT_D if (place / f"{name}.conf").is_file()), None)
+        described = next((place / f"{name}.conf" for place in _BINFMT_D if (place / f"{name}.conf").is_file()), None)
         try:
-            if description and not (_BINFMT / name).exists():
-                (_BINFMT / "register").write_bytes(description.read_bytes().strip())
+            if described and not (_BINFMT / name).exists():
+                (line,) = (line for line in described.read_text().splitlines() if line.startswith(":"))
+                (_BINFMT / "register").write_text(line)
         except OSError as error:
             raise InfrastructureError(name, "cannot be registered with the kernel", got=error.strerror) from error
         if not emulation.host_runs(arch):
             raise InfrastructureError(
                 name,
-                f"is registered and programs for {arch} do not run" if description else "has no description",
+                f"is registered and programs for {arch} do not run" if described else "has no description",
                 got=_registered(name),
                 hint=f"its registration in {_BINFMT} must be enabled and have the flag F; "
                 f"`echo -1 > {_BINFMT / name}` removes it, then run setup again",

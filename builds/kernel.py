@@ -191,12 +191,13 @@ def _source(rootfs: RootFs, release: str, output: str) -> str:
 
 
 def _packages(rootfs: RootFs) -> dict[str, str]:
-    """Version of every installed package."""
+    """Version of every package whose files are there: headers of another architecture can be no more than unpacked."""
     status = rootfs.read("var/lib/dpkg/status").decode()
     return {
         paragraph["Package"]: paragraph["Version"]
         for paragraph in Deb822.iter_paragraphs(status.splitlines(), use_apt_pkg=False)
-        if "Package" in paragraph and paragraph.get("Status", "install ok installed").endswith(" installed")
+        if "Package" in paragraph
+        and paragraph.get("Status", "install ok installed").endswith((" installed", " unpacked"))
     }
 
 

@@ -175,6 +175,7 @@ _DROPPED_NAMES = {
     "nvidia-pcc": "compiles Vulkan SC pipelines",
     "nvidia-powerd": "shares power between the processors of a notebook",
     "nvidia-dbus.conf": "belongs to nvidia-powerd",
+    "dlsnetparams.csv": "belongs to nvidia-powerd",
     "nvidia-sleep.sh": "suspends a desktop",
     "nvidia-installer": _INSTALLER,
     "nvidia-uninstall": _INSTALLER,
@@ -201,17 +202,33 @@ _FIELDS = {
     "T": ("link target", r"(?!INHERIT_PATH_DEPTH:|NATIVE$|COMPAT32$).+"),
 }
 
+_UNKNOWN = "unknown type"
+
 _FIRST_ENTRY = 9
 """Number of the first line with an entry."""
 
 
 def parse(text: str) -> Manifest:
-    """Read a manifest.
+    """Read a manifest. Raises BuildError that names every unknown type and every malformed line, with line numbers."""
+    manifest, problems = read(text)
+    if problems:
+        unknown = any(problem.startswith(_UNKNOWN) for problem in problems)
+        raise BuildError(
+            ".manifest",
+            "has entries that cannot be placed",
+            got="; ".join(problems),
+            hint="say in builds/manifest.py what an unknown type has and where it goes" if unknown else None,
+        )
+    return manifest
+
+
+def read(text: str) -> tuple[Manifest, tuple[str, ...]]:
+    """Read a manifest as far as it is understood, and say what is not: unknown types, malformed lines.
 
     Line 1 describes the package, 2 is its version, 4 names the kernel modules; entries run from line 9 to the
-    first empty one. Raises BuildError that names every unknown type and every malformed line, with line numbers.
+    first empty one. Raises BuildError for what is no manifest at all.
     """
-    lines = text.splitlines()
+    lines = text.rstrip("\r\n").split("\n")
     if len(lines) < _FIRST_ENTRY or not re.fullmatch(r"\d+(\.\d+)+", lines[1].strip()):
         raise BuildError(
             ".manifest",
@@ -233,15 +250,9 @@ def parse(text: str) -> Manifest:
             entries.append(_entry(words))
         except ValueError as error:
             problems.append(f"line {number}: {error}")
-    if unknown or problems:
-        named = [f"unknown type {kind} (line {', '.join(map(str, at))})" for kind, at in sorted(unknown.items())]
-        raise BuildError(
-            ".manifest",
-            "has entries that cannot be placed",
-            got="; ".join(named + problems),
-            hint="say in builds/manifest.py what an unknown type has and where it goes" if unknown else None,
-        )
-    return Manifest(lines[0].strip(), lines[1].strip(), tuple(lines[3].split()), tuple(entries))
+    named = [f"{_UNKNOWN} {kind} (line {', '.join(map(str, at))})" for kind, at in sorted(unknown.items())]
+    manifest = Manifest(lines[0].strip(), lines[1].strip(), tuple(lines[3].split()), tuple(entries))
+    return manifest, (*named, *problems)
 
 
 def select(manifest: Manifest, arch: Arch) -> tuple[Placed, ...]:
@@ -339,6 +350,8 @@ def _entry(words: list[str]) -> ManifestEntry:
     if rest:
         raise ValueError(f"{path}: a {kind} has no such field: {' '.join(rest)}")
     path, arch = normpath(path), fields.get("A")
+    if path == ".":
+        raise ValueError(f"{words[0]} is no file's name")
     depth = int(fields["I"].partition(":")[2]) if "I" in fields else None
     if depth is not None and depth > path.count("/"):
         raise ValueError(f"{path}: has no {depth} folders to do without")

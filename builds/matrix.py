@@ -241,7 +241,8 @@ def find(text: str) -> Cell:
 def select(environ: Mapping[str, str]) -> tuple[Cell, ...]:
     """The cells that the environment selects; the default cell where it selects nothing.
 
-    An axis that is not set is open for drivers and releases, and has its default for architecture and flavour.
+    An axis that is not set is open for drivers and releases, and has its default for architecture and flavour; with
+    neither driver nor release set, those of the default cell are taken.
     Releases that are past are selected by name, or all of them by ``GL_VERSION=past``; ``all`` is every other one.
     Either word opens every axis that is not set. Raises ConfigurationError for a value that no cell has, naming the
     nearest, and for a selection that holds no cell.
@@ -252,6 +253,9 @@ def select(environ: Mapping[str, str]) -> tuple[Cell, ...]:
         return tuple(matrix.default for matrix in matrices if matrix.default)
     everything = [cell for matrix in matrices for cell in matrix.cells]
     cells = everything
+    if not given.keys() & {"driver_version", "gl_version"}:
+        defaults = [(matrix.default.driver, matrix.default.gl) for matrix in matrices if matrix.default]
+        cells = [cell for cell in everything if (cell.driver, cell.gl) in defaults]
     for row in SELECTION:
         axis = _AXES[row.name]
         known = {str(getattr(cell, axis)) for cell in everything}

@@ -285,6 +285,9 @@ def _once(document: Mapping[str, Any]) -> Iterator[tuple[_Path, str, _Path]]:
         for axis in ("arch", "flavor", "drivers"):
             for position, text in _texts(release.get(axis)):
                 yield ("releases", number, axis), text, ("releases", number, axis, position)
+    for number, driver in _entries(document.get("drivers")):
+        for position, text in _texts(driver.get("arch")):
+            yield ("drivers", number, "arch"), text, ("drivers", number, "arch", position)
     for number, rule in _entries(document.get("exclude")):
         keys = (rule.get("driver"), rule.get("kernel", "any kernel"), rule.get("module_type"))
         texts = [",".join(sorted(map(str.strip, text.split(",")))) for key in keys if (text := _text(key))]
@@ -299,8 +302,9 @@ def cells(document: Mapping[str, Any]) -> Iterator[Cell]:
         version, gl = _text(driver.get("version")), _text(release.get("gl"))
         if "drivers" in release and version not in [text for _, text in _texts(release["drivers"])]:
             continue
+        made_for = {arch for _, arch in _texts(driver["arch"])} if "arch" in driver else {*Arch}
         for (_, arch), (_, flavor) in product(_texts(release.get("arch")), _texts(release.get("flavor"))):
-            if version and gl and arch in {*Arch} and flavor in {*Flavor}:
+            if version and gl and arch in {*Arch} & made_for and flavor in {*Flavor}:
                 yield Cell(version, gl, Arch(arch), Flavor(flavor))
 
 

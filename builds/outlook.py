@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from . import tags
@@ -329,13 +328,6 @@ def _work(unit: Iterable[CellOutlook], compiles: Mapping[str, int]) -> int:
     images = {one.image for one in unit if one.image}
     unknown = [len(ModuleType) - len(one.absent) for one in unit if not one.image]
     return sum(compiles[image] + 1 for image in images) + sum(types + 1 for types in unknown)
-
-
-def on_this_machine(out: Path, cells: Iterable[Cell]) -> set[Cell]:
-    """Those cells of which a run has left plan and image in its output folder."""
-    return {
-        cell for cell in cells if all((out / cell.id / name).is_file() for name in ("plan.json", "image/oci-layout"))
-    }
 
 
 def show(outlook: Outlook, report: Reporter) -> None:

@@ -31,8 +31,10 @@ from .plan import Inputs, ModuleSet, Plan
 from .push import Pushed
 from .record import RECORD, Record
 from .settings import DEFAULTS, Settings, resolve
+from .tags import TagKind
 
 PUSHED = "push.json"
+PLAN = "plan.json"
 _STEPS = "steps.json"
 _FAILURE = "failure.json"
 """Why the last session's work on a cell failed; not there if it did not."""
@@ -78,11 +80,16 @@ def start(cell: Cell, options: Mapping[str, str], report: Reporter, defaults: Ma
     of = matrix.matrix_of(cell)
     settings = resolve({**of.settings, **(defaults or {})}, options)
     for folder in (settings.cache_dir, settings.out_dir):
-        with disk_errors(folder.name, folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            if not any(folder.iterdir()):  # only what was empty may be emptied again
-                write_atomically(folder / "CACHEDIR.TAG", _TAG)
+        claim(folder)
     return Run(cell, of, settings, Cache(settings.cache_dir), report)
+
+
+def claim(folder: Path) -> None:
+    """Make a folder of ours if it is not there, and mark it as ours if it is empty: no other is ever emptied."""
+    with disk_errors(folder.name, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
+            write_atomically(folder / "CACHEDIR.TAG", _TAG)
 
 
 def make_inputs(runs: Iterable[Run], *, refresh: bool) -> None:
@@ -146,6 +153,29 @@ def probe(run: Run) -> None:
                     for change in probing.known()
                 ),
             )
+
+
+def made(out: Path, cells: Iterable[Cell]) -> set[Cell]:
+    """The cells whose image is in their output folder, and is what a build from the same inputs would make again."""
+    return {cell for cell in cells if (left := _left(out / cell.id)) and _is_made(left, out / cell.id / "image")}
+
+
+def _left(folder: Path) -> Plan | None:
+    """The plan that an earlier run left in a cell's output folder."""
+    try:
+        return Plan.from_json(json.loads((folder / PLAN).read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, HarnessError):  # none, or of another version
+        return None
+
+
+def _is_made(left: Plan, layout: Path) -> bool:
+    try:
+        now = planning.again(left, matrix.matrix_of(left.cell))
+        image = oci.find_image(layout, now.names[0], now.cell.arch)
+    except (OSError, HarnessError):
+        return False
+    labels = (image.config.get("config") or {}).get("Labels") or {}
+    return bool(labels.get(f"{packing.PREFIX}.plan-key") == now.image)
 
 
 def build_driver(run: Run) -> Plan:
@@ -319,7 +349,9 @@ def _missing(run: Run) -> tuple[str, ...]:
 def _planned(run: Run) -> tuple[Plan, Inputs]:
     make_inputs([run], refresh=False)
     made, inputs = plan(run)
-    write_atomically(run.out / "plan.json", json.dumps(made.to_json(), indent=1, sort_keys=True) + "\n")
+    _refuse_collision(run, made)
+    write_atomically(run.out / PLAN, json.dumps(made.to_json(), indent=1, sort_keys=True) + "\n")
+    _say_unexpected(run, made)
     for one in made.sets:
         for module_type, reason in one.absent.items():
             run.report.say(f"  {module_type}: absent by rule: {reason}", style="yellow")
@@ -335,6 +367,42 @@ def _planned(run: Run) -> tuple[Plan, Inputs]:
             style="yellow",
         )
     return made, inputs
+
+
+def _refuse_collision(run: Run, made: Plan) -> None:
+    """Refuse a plan that would take the tag of another cell's image, and the modules of a kernel build with it.
+
+    Plans that earlier runs left in the output folder tell: where the matrix does not know a kernel, nobody else does
+    before the tag is set. Raises ConfigurationError that names both cells.
+    """
+    ours = {one.id for one in made.sets}
+    tag = next(tag for tag in made.tags if tag.kind is TagKind.VERSION)
+    for folder in sorted(run.settings.out_dir.glob(f"{made.cell.driver}-*-{made.cell.arch}-{made.cell.flavor}")):
+        other = _left(folder)
+        if other is None or other.cell == made.cell or other.image_path != made.image_path or tag not in other.tags:
+            continue
+        if lost := [one for one in other.sets if one.id not in ours]:
+            raise ConfigurationError(
+                f"cell {made.cell}",
+                f"would take the tag {tag.name} from cell {other.cell}, whose kernel is another build of that name",
+                got=", ".join(f"{one.kernel.build.package} there" for one in lost)
+                + "".join(f", {one.kernel.build.package} here" for one in made.sets),
+                hint="with `kernel:` of both releases in the matrix file they are one image; "
+                f"if {folder} is of no use any more, remove it",
+            )
+
+
+def _say_unexpected(run: Run, made: Plan) -> None:
+    """Say where headers are not of the kernel that the matrix expects of a release."""
+    for one in made.sets:
+        for gl in one.releases:
+            expected = run.matrix.releases[gl].kernel
+            if expected not in (None, one.kernel.build.package):
+                run.report.say(
+                    f"  {gl}: the matrix expects kernel {expected}, the headers are those of "
+                    f"{one.kernel.build.package}: what is built follows the headers",
+                    style="yellow",
+                )
 
 
 def _build(run: Run) -> tuple[Plan, Inputs, Image]:

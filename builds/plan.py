@@ -294,6 +294,23 @@ def make(
     )
 
 
+def again(made: Plan, matrix: Matrix) -> Plan:
+    """A plan made anew from what an earlier one was made from: by these rules, and by the code that is here.
+
+    Raises ExcludedError where rules leave nothing of it any more.
+    """
+    return make(
+        made.cell,
+        matrix,
+        shipped=[Shipped(gl, one.kernel, one.kmodbuild) for one in made.sets for gl in one.releases],
+        base=made.base,
+        package=made.package,
+        image_path=made.image_path,
+        components=made.components,
+        components_absent=made.components_absent,
+    )
+
+
 def _sets(cell: Cell, matrix: Matrix, shipped: Sequence[Shipped], package: InputPackage) -> tuple[ModuleSet, ...]:
     """The module sets of kernels of one name: one for each build, in the order of the releases."""
     builds: dict[str, list[Shipped]] = {}

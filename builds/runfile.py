@@ -42,18 +42,31 @@ _PIECE = 64 * 1024
 
 _AGAIN = "delete the file and download it again"
 
+_LINE = r"[1-9]\d{0,8}"
+"""Number of a line."""
+
+_MAY_LACK = ("CRCsum", "MD5", "skip_decompress", "size_decompress")
+"""Variables that not every package has."""
+
 _ASSIGNMENT = re.compile(
     r"""(?:^|;)[ \t]*(\w+)=(?:"([^"\n]*)"|'([^'\n]*)'|([^\s;"']*))(?=[ \t]*(?:;|$))""", re.MULTILINE
 )
 
-_COMPRESSIONS: tuple[tuple[bytes, Callable[[], Any]], ...] = (
-    # Long-range frames need a window above the library's default limit of 128 MiB.
-    (b"\x28\xb5\x2f\xfd", lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()),
-    (b"\xfd7zXZ\0", lzma.LZMADecompressor),
-    (b"\x1f\x8b", lambda: zlib.decompressobj(wbits=31)),
-    (b"BZh", bz2.BZ2Decompressor),
+_DAMAGES = (
+    *(zstandard.ZstdError, lzma.LZMAError, zlib.error, tarfile.TarError),
+    *(EOFError, LookupError, ValueError, OverflowError, OSError),
 )
-"""Magic bytes of a payload and what unpacks one stream of it."""
+"""What the unpackers raise over damaged bytes: LookupError of a hard link to nothing, OverflowError of a time that no
+file can have."""
+
+_COMPRESSIONS: tuple[tuple[str, bytes, Callable[[], Any]], ...] = (
+    # Long-range frames need a window above the library's default limit of 128 MiB.
+    ("zstd", b"\x28\xb5\x2f\xfd", lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()),
+    ("xz", b"\xfd7zXZ\0", lzma.LZMADecompressor),
+    ("gzip", b"\x1f\x8b", lambda: zlib.decompressobj(wbits=31)),
+    ("bzip2", b"BZh", bz2.BZ2Decompressor),
+)
+"""What a payload is compressed with: its name, its magic bytes, and what unpacks one stream of it."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,8 @@ class RunHeader:
     """The vendor's name of the architecture, as ``uname -m`` has it."""
     label: str
     targetdir: str
+    decompressor: tuple[int, int] | None = None
+    """First line and number of lines of an embedded program that would unpack the payload; it is never run."""
 
 
 def package_name(version: str, arch: Arch) -> str:
@@ -87,21 +102,22 @@ def read_header(path: Path) -> RunHeader:
     if not re.match(rb"#!\s*/\S*sh\b", first):
         raise BuildError(path.name, "is not a driver package", got=_looks_like(head), hint=_AGAIN)
     values = _assignments(head)
-    if values.get("skip", "").isdecimal():
+    if re.fullmatch(_LINE, values.get("skip", "")):
         # What looks like an assignment behind the script is payload.
-        script = b"\n".join(head.split(b"\n")[: max(0, int(values["skip"]) - 1)])
-        values = _assignments(script)
+        values = _assignments(b"\n".join(head.split(b"\n")[: int(values["skip"]) - 1]))
     problems = [
         f"{name}={values[name]}" if name in values else f"no {name}="
         for name, pattern in (
-            ("skip", r"[1-9]\d{0,8}"),
+            ("skip", _LINE),
             ("version_string", r"\S+"),
             ("TARGET_OS", r"\S+"),
             ("TARGET_ARCH", r"\S+"),
-            ("CRCsum", r"\d*"),
+            ("CRCsum", r"\d{0,10}"),
             ("MD5", r"[0-9A-Fa-f]{32}|0*"),
+            ("skip_decompress", r"\d{0,9}"),
+            ("size_decompress", r"\d{0,9}"),
         )
-        if not re.fullmatch(pattern, values.get(name, "" if name in ("CRCsum", "MD5") else "\n"))
+        if not re.fullmatch(pattern, values.get(name, "" if name in _MAY_LACK else "\n"))
     ]
     if not problems and int(values["skip"]) <= _COVERED_FROM:
         problems = [f"skip={values['skip']}"]
@@ -117,6 +133,9 @@ def read_header(path: Path) -> RunHeader:
         machine=values["TARGET_ARCH"],
         label=values.get("label", ""),
         targetdir=values.get("targetdir", ""),
+        decompressor=(at, int(values.get("size_decompress") or 0))
+        if (at := int(values.get("skip_decompress") or 0))
+        else None,
     )
 
 
@@ -174,6 +193,17 @@ def check(
     return whole.hexdigest()
 
 
+def payload_format(path: Path, header: RunHeader) -> str:
+    """What the payload is: ``zstd``, ``xz``, ``gzip`` or ``bzip2`` (each with a tar in it), or ``tar``.
+
+    Raises BuildError for anything else.
+    """
+    with _opened(path) as stream:
+        stream.seek(_offset_of_line(path.name, stream, header.skip))
+        name, _ = _compression(path.name, stream.read(_PIECE))
+    return name
+
+
 def unpack(path: Path, header: RunHeader, dest: Path, *, progress: Callable[[int], None] | None = None) -> None:
     """Unpack the payload into ``dest``, which must be absent or empty, so that it holds ``.manifest`` at its top.
 
@@ -215,7 +245,7 @@ def _damage(subject: str) -> Iterator[None]:
     """Turn what the unpackers raise over damaged bytes into one error; bz2 and a bent path raise OSError."""
     try:
         yield
-    except (zstandard.ZstdError, lzma.LZMAError, zlib.error, EOFError, tarfile.TarError, ValueError, OSError) as error:
+    except _DAMAGES as error:
         raise BuildError(subject, "has a damaged payload", got=str(error), hint=_AGAIN) from error
 
 
@@ -255,9 +285,7 @@ def _tar_of(subject: str, stream: IO[bytes], progress: Callable[[int], None]) ->
     """The tar in a payload, piece by piece. A payload may be several compressed streams, padded with zeros."""
     pieces = iter(lambda: stream.read(_PIECE), b"")
     first = next(pieces, b"")
-    make = next((make for magic, make in _COMPRESSIONS if first.startswith(magic)), None)
-    if make is None and first[257:262] != b"ustar":
-        raise BuildError(subject, "has a payload of no known format", got=repr(first[:8]), hint=_AGAIN)
+    _, make = _compression(subject, first)
     unpacker: Any = make() if make else None
     for piece in chain((first,), pieces):
         progress(len(piece))
@@ -275,6 +303,16 @@ def _tar_of(subject: str, stream: IO[bytes], progress: Callable[[int], None]) ->
             rest = unpacker.unused_data
     if make and not unpacker.eof:
         raise EOFError("it ends inside its compressed stream")
+
+
+def _compression(subject: str, first: bytes) -> tuple[str, Callable[[], Any] | None]:
+    """Name of a payload's format by its first bytes, and what unpacks it; None: it is a tar as it is."""
+    for name, magic, make in _COMPRESSIONS:
+        if first.startswith(magic):
+            return name, make
+    if first[257:262] != b"ustar":
+        raise BuildError(subject, "has a payload of no known format", got=repr(first[:8]), hint=_AGAIN)
+    return "tar", None
 
 
 class _Source:

@@ -26,7 +26,7 @@ def selection(tree: Path, extra: Mapping[str, Path], arch: Arch) -> tuple[Placed
     or names what the package does not hold, for an archive that is not understood, and for two files of one place.
     """
     try:
-        text = (tree / ".manifest").read_text()
+        text = (tree / ".manifest").read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BuildError("driver package", "has no readable .manifest", got=str(error)) from error
     chosen = manifest.select(manifest.parse(text), arch)

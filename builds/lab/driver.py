@@ -69,7 +69,7 @@ def build(
     size = sum(path.stat().st_size for path in tree.rglob("*") if path.is_file())
     with report.bytes("pack the driver tree", size) as advance:
         target = folder / package_name(recipe)
-        package.write(tree, recipe.version, recipe.arch, tuple(lines.values()), target, advance)
+        package.write(tree, recipe.version, recipe.arch, tuple(lines.values()), target, advance, recipe.form)
     remove(tree)
 
 

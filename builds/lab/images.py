@@ -41,8 +41,9 @@ _CLEANED = (
 _FOREIGN = (
     'mkdir "$1/foreign" && cp {folder}/*.deb "$1/foreign/"',
     'chroot "$1" dpkg --add-architecture {arch}',
-    # Headers are files: the compiler that they depend on is another package here, and linux-kbuild the image's own.
-    'chroot "$1" sh -c "dpkg --force-depends --install /foreign/*.deb"',
+    # Headers are files, and unpacked is all they need to be: the compiler that they depend on is another package here,
+    # linux-kbuild the image's own, and what their scripts would call is not there.
+    'chroot "$1" sh -c "dpkg --force-depends --unpack /foreign/*.deb"',
     'rm -r "$1/foreign"',
 )
 """Commands that install packages of another architecture, by the image's own dpkg and into its database."""
@@ -149,7 +150,7 @@ def add(folder: Path, recipe: ImageRecipe, layout: Path, name: str) -> oci.Image
     layer = oci.Layer(oci.Descriptor.from_json(facts), facts["diff_id"])
     made = (
         f"mmdebstrap --variant=essential --include={','.join(recipe.packages)} {recipe.suite}",
-        *(f"dpkg --install {name}:{recipe.arch}" for name in recipe.headers),
+        *(f"dpkg --unpack {name}:{recipe.arch}" for name in recipe.headers),
     )
     oci.create(layout)
     oci.add_layer(layout, layer, folder / LAYER)

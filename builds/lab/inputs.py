@@ -95,7 +95,7 @@ class _Part:
         return f"driver package {self.recipe.version} for {self.recipe.arch}"
 
     def archives(self, folder: Path) -> tuple[Archive, ...]:
-        """The archives that it is contents with, each with lists below a folder: the first has most of its packages."""
+        """The archives that it is resolved with, each with lists below a folder: the first has most of its packages."""
         recipe = self.recipe
         if isinstance(recipe, DriverRecipe):
             wanted: tuple[tuple[tuple[str, ...], Arch], ...] = (((recipe.suite,), recipe.arch),)

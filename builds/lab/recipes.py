@@ -17,6 +17,7 @@ import yaml
 
 from ..errors import ConfigurationError
 from ..model import Arch
+from .package import Form
 
 FILE = Path(__file__).with_name("recipes.yaml")
 
@@ -89,6 +90,8 @@ class DriverRecipe:
     """Folders of the package with the tarballs that unpack to them."""
     sources_without: tuple[str, ...]
     """Patterns of files that the tarballs have and the vendor's folders have not."""
+    form: Form
+    """How the package is made around its content."""
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...]
 
@@ -131,15 +134,17 @@ def driver(version: str, arch: Arch) -> DriverRecipe:
     data = _data()
     subject = f"lab driver package {version} for {arch}"
     entry = _known(data["drivers"], version, "driver version", subject)
+    only = _known(entry["only"], str(arch), "architecture", subject)
     return DriverRecipe(
         version=version,
         arch=arch,
         suite=entry["suite"],
         components=tuple(data["components"]),
-        packages=tuple(_known(entry["packages"], str(arch), "architecture", subject)),
-        skewed=tuple(entry["skewed"].get(str(arch), ())),
-        sources=tuple(sorted(data["sources"].items())),
+        packages=(*entry["packages"], *only),
+        skewed=tuple(entry["skewed"]),
+        sources=tuple(sorted(entry["sources"].items())),
         sources_without=tuple(data["sources_without"]),
+        form=Form(**entry["form"]),
         rules=tuple(_rule(line) for line in data["files"]),
         ignored=tuple(data["ignored"]),
     )

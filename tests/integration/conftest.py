@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.engine)
 
 
-def _build(cell: Cell, out: Path) -> Built:
+def build(cell: Cell, out: Path) -> Built:
     report = Reporter()
     run = pipeline.start(cell, {"out_dir": str(out)}, report)
     image = pipeline.build(run)
@@ -77,13 +77,13 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def built(out: Path) -> Built:
     """The default cell, built."""
-    return _build(matrix.select({})[0], out)
+    return build(matrix.select({})[0], out)
 
 
 @pytest.fixture(scope="session")
 def built_with_rule(out: Path) -> Built:
     """The lab cell of which a rule leaves one module type out."""
-    return _build(Cell.parse("550.163.01-debian13-amd64-cloud"), out)
+    return build(Cell.parse("550.163.01-debian13-amd64-cloud"), out)
 
 
 @pytest.fixture(scope="session")

@@ -13,24 +13,57 @@ from pathlib import Path
 
 import pytest
 
-from builds import layers, oci
+from builds import layers, oci, recipes, runfile
+from builds.cache import file_sha256, key_of
 from builds.lab import package
+from builds.lab.package import Line
 from builds.layers import Entry
 from builds.model import Arch
 from builds.record import Record
 
 from .conftest import ROOT, Built, Cli, environment
 
-
-def _truncated(good: Path, bad: Path) -> None:
-    data = good.read_bytes()
-    bad.write_bytes(data[: len(data) - 1000])
+Spoil = Callable[[Path, Path], None]
 
 
-def _changed(good: Path, bad: Path) -> None:
-    data = bytearray(good.read_bytes())
-    data[len(data) // 2] ^= 1
-    bad.write_bytes(data)
+def _places(good: Path) -> dict[str, int]:
+    """Offsets of a byte in each part of a package that has a decompressor."""
+    header, data = runfile.read_header(good), good.read_bytes()
+    assert header.decompressor, "the lab's 550 package has one"
+    lines = [0]
+    while len(lines) < header.skip:
+        lines.append(data.index(b"\n", lines[-1]) + 1)
+    decompressor, payload = lines[header.decompressor[0] - 1], lines[header.skip - 1]
+    return {
+        "in its checksum": lines[1] + len(b"CRCsum=1"),
+        "in its header": lines[4] + len('label="NV'),
+        "in its decompressor": (decompressor + payload) // 2,
+        "in its payload": (payload + len(data)) // 2,
+        "at its end": len(data) - 1000,
+    }
+
+
+def _truncated(place: str) -> Spoil:
+    def spoil(good: Path, bad: Path) -> None:
+        shutil.copyfile(good, bad)
+        os.truncate(bad, _places(good)[place])
+
+    return spoil
+
+
+def _changed(place: str) -> Spoil:
+    def spoil(good: Path, bad: Path) -> None:
+        data = bytearray(good.read_bytes())
+        data[_places(good)[place]] ^= 1
+        bad.write_bytes(data)
+
+    return spoil
+
+
+def _appended(good: Path, bad: Path) -> None:
+    shutil.copyfile(good, bad)
+    with bad.open("ab") as file:
+        file.write(b"\0")
 
 
 def _html(_good: Path, bad: Path) -> None:
@@ -41,21 +74,30 @@ def _empty(_good: Path, bad: Path) -> None:
     bad.touch()
 
 
-def _package(version: str, arch: Arch) -> Callable[[Path, Path], None]:
-    """A package that is whole, of another version or architecture."""
+def _package(version: str, arch: Arch, *lines: Line) -> Spoil:
+    """A package that is whole, of another version or architecture, or with a manifest of its own."""
 
     def write(_good: Path, bad: Path) -> None:
         tree = bad.parent / "tree"
         (tree / "kernel").mkdir(parents=True)
         (tree / "kernel/Makefile").write_text("all:\n")
-        package.write(tree, version, arch, [], bad, lambda _: None)
+        package.write(tree, version, arch, lines, bad, lambda _: None)
 
     return write
 
 
-BAD_PACKAGES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
-    "truncated": (_truncated, "is damaged, cut short or altered"),
-    "a byte changed": (_changed, "is damaged, cut short or altered"),
+_DAMAGED = "is damaged, cut short or altered"
+
+BAD_PACKAGES: dict[str, tuple[Spoil, str]] = {
+    "truncated at its end": (_truncated("at its end"), _DAMAGED),
+    "truncated in its payload": (_truncated("in its payload"), _DAMAGED),
+    "truncated in its decompressor": (_truncated("in its decompressor"), _DAMAGED),
+    "truncated in its header": (_truncated("in its header"), "has a header that is not a driver package's"),
+    "a byte changed in its checksum": (_changed("in its checksum"), _DAMAGED),
+    "a byte changed in its header": (_changed("in its header"), _DAMAGED),
+    "a byte changed in its decompressor": (_changed("in its decompressor"), _DAMAGED),
+    "a byte changed in its payload": (_changed("in its payload"), _DAMAGED),
+    "a byte appended": (_appended, _DAMAGED),
     "html": (_html, "a web page"),
     "empty": (_empty, "an empty file"),
     "other architecture": (_package("550.163.01", Arch.ARM64), "aarch64"),
@@ -77,6 +119,31 @@ def test_a_bad_driver_package_is_refused(case: str, built: Built, builds: Cli, t
     assert not (out / str(built.cell) / "plan.json").exists()
     done = builds("plan", str(built.cell))
     assert done.returncode == 0, "the good one is still there"
+
+
+BAD_MANIFESTS = {
+    "a missing file": (Line("nvidia-smi", 0o755, "UTILITY_BINARY", "nvml"), "nvidia-smi: not in the package"),
+    "an unknown type": (Line("nvidia-smi", 0o755, "WARP_BINARY", "nvml"), "unknown type WARP_BINARY (line 9)"),
+    "a way out": (Line("../nvidia-smi", 0o755, "UTILITY_BINARY", "nvml"), "leads out of its folder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MANIFESTS)
+def test_a_bad_manifest_is_refused_before_anything_is_compiled(
+    case: str, built: Built, builds: Cli, tmp_path: Path
+) -> None:
+    """The package itself is whole, so only what it says can tell."""
+    line, said = BAD_MANIFESTS[case]
+    bad = tmp_path / built.plan.package.name
+    _package(built.cell.driver, built.cell.arch, line)(built.inputs.package, bad)
+    out = tmp_path / "out"
+    done = builds("build", str(built.cell), env={"NVIDIA_BASE_URL": str(bad), "OUT_DIR": str(out)})
+    assert done.returncode == 3, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (out / str(built.cell) / "image").exists()
+    assert not list(out.rglob("*.ko"))
+    assert not built.cache.find("driver", key_of(package=file_sha256(bad), recipe=recipes.DRIVER_TREE))
 
 
 HEADERS = {

@@ -16,7 +16,7 @@ import pytest
 
 from builds import compile as compiling
 from builds import engine as engines
-from builds import matrix, oci
+from builds import matrix, oci, probe
 from builds import plan as planning
 from builds.cache import Cache
 from builds.errors import BuildError
@@ -125,6 +125,25 @@ def test_the_reason_of_the_rule_is_true_and_a_failed_compile_says_it(built_with_
     assert f"the log: {tmp_path / f'compile-{of.set.id}-open.log'}" in said
     assert f'repeat: nox -s "build-driver({of.cell})"' in said
     assert of.cache.find("modules", plan.sets[0].modules[ModuleType.OPEN]) is None
+
+
+def test_the_header_probe_tells_what_the_compiler_would(built: Built, built_with_rule: Built) -> None:
+    found = {
+        of.cell.gl: {
+            change.name
+            for change in probe.run(of.plan, of.set, of.inputs, engine=of.engine, cache=of.cache, report=of.report)
+        }
+        for of in (built, built_with_rule)
+    }
+    assert found == {"debian12": set(), "debian13": {"pci_resize_resource"}}
+
+
+def test_headers_that_nothing_compiles_against_are_no_kernel_without_changes(built: Built, tmp_path: Path) -> None:
+    """Else every change would be in a kernel whose compiler is broken, or none where the probe is."""
+    nowhere = replace(built.set, kernel=replace(built.set.kernel, output="/usr/src"))
+    inputs = replace(built.inputs, sets={nowhere.id: built.inputs.sets[built.set.id]})
+    with pytest.raises(BuildError, match="nothing compiles against these headers"):
+        probe.run(built.plan, nowhere, inputs, engine=built.engine, cache=Cache(tmp_path), report=built.report)
 
 
 STEPS = {

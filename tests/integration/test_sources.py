@@ -12,6 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from builds import oci, sources
+from builds.cache import Cache
+from builds.console import Reporter
+from builds.errors import ConfigurationError
+from builds.model import Arch
+
 from .conftest import Built, Cli
 from .registries import Server, answering, put, serve
 
@@ -68,6 +74,19 @@ def test_a_plan_is_the_same_from_a_registry_and_a_web_server(
         "reference": f"{registry}/gardenlinux/gardenlinux/kmodbuild:amd64-{gl}",
         "digest": built.kmodbuild.digest,
     }
+
+
+@pytest.mark.parametrize("as_index", [False, True])
+def test_a_kmodbuild_image_of_another_architecture_is_taken_where_it_is_the_only_one(
+    as_index: bool, server: Server, tmp_path: Path
+) -> None:
+    oci.create(tmp_path / "from")
+    image = oci.add_image(tmp_path / "from", [], arch=Arch.AMD64, names=["x"], config={"Labels": {"i": str(as_index)}})
+    put(f"http://{server.address}/v2/cross", image, f"arm64-{as_index}", as_index=as_index)
+    asked = (f"{server.address}/cross:arm64-{as_index}", Arch.ARM64, Cache(tmp_path / "cache"), Reporter())
+    assert sources.kmodbuild(*asked).digest == image.digest
+    with pytest.raises(ConfigurationError, match="arm64"):
+        sources.image(*asked)
 
 
 def test_what_the_registry_or_the_site_has_not_is_a_configuration_error(

@@ -150,6 +150,21 @@ def test_an_image_without_just_one_candidate_is_refused(
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("status", "there"),
+    [("install ok installed", True), ("install ok unpacked", True), ("deinstall ok config-files", False)],
+)
+def test_headers_need_no_more_than_to_be_unpacked(status: str, there: bool, tmp_path: Path) -> None:
+    said = {path: text.replace("Version:", f"Status: {status}\nVersion:") for path, text in CLOUD.items()}
+    image = rootfs(tmp_path, said)
+    if there:
+        kernel, _ = read_kernel(image, Arch.AMD64, Flavor.CLOUD, "amd64")
+        assert kernel.build.package == "6.12.344-3gl0"
+    else:
+        with pytest.raises(BuildError, match="belongs to no package"):
+            read_kernel(image, Arch.AMD64, Flavor.CLOUD, "amd64")
+
+
 def test_headers_of_no_package_are_refused(tmp_path: Path) -> None:
     stray = {path: text for path, text in CLOUD.items() if not path.startswith("var/")}
     with pytest.raises(BuildError, match="belongs to no package"):

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from builds import emulation, lab, layers, oci
+from builds import emulation, lab, layers, oci, runfile
 from builds.cache import Cache
 from builds.console import Reporter
 from builds.errors import BuildError, ConfigurationError, InfrastructureError
 from builds.lab import apt, commands, driver, images, inputs, package, recipes
 from builds.lab.apt import Package
-from builds.lab.package import Line
+from builds.lab.package import Form, Line, Payload
 from builds.lab.recipes import Rule
 from builds.model import Arch, Cell
 
@@ -69,6 +69,7 @@ def deb(name: str, version: str = "550.163.01-2") -> Package:
         (recipes.image, ("base", "debian99", Arch.AMD64), "debian12, debian12.bpo, debian13"),
         (recipes.image, ("base", "debian12.bpo", Arch.AMD64), "kmodbuild"),
         (recipes.driver, ("1.2.3", Arch.AMD64), "550.163.01"),
+        (recipes.driver, ("470.256.02", Arch.ARM64), "amd64"),
     ],
 )
 def test_an_unknown_input_is_refused_and_the_known_ones_are_named(what, arguments, known) -> None:  # type: ignore[no-untyped-def]
@@ -120,6 +121,31 @@ def test_the_base_has_the_tools_of_the_installer() -> None:
 def test_a_file_of_debian_goes_where_the_vendor_has_it(path: str, place: str, kind: str) -> None:
     rule = recipes.driver("550.163.01", Arch.AMD64).rule(path)
     assert rule and (rule.place(path), rule.type) == (place, kind)
+
+
+@pytest.mark.parametrize(
+    ("version", "path", "place", "kind"),
+    [
+        ("470.256.02", "lib/firmware/nvidia/470.256.02/gsp.bin", "firmware/gsp.bin", "FIRMWARE"),
+        ("470.256.02", "usr/share/doc/nvidia-tesla-470-driver/copyright", "LICENSE", "DOCUMENTATION"),
+        ("470.256.02", "usr/lib/x/nvidia/tesla-470/libnvidia-ifr.so.1", "libnvidia-ifr.so.1", "NVIFR_LIB"),
+        ("535.261.03", "lib/firmware/nvidia/535.261.03/gsp_tu10x.bin", "firmware/gsp_tu10x.bin", "FIRMWARE"),
+    ],
+)
+def test_other_branches_have_their_own_places(version: str, path: str, place: str, kind: str) -> None:
+    rule = recipes.driver(version, Arch.AMD64).rule(path)
+    assert rule and (rule.place(path), rule.type) == (place, kind)
+
+
+def test_the_driver_packages_of_the_lab_are_of_different_forms() -> None:
+    made = {version: recipes.driver(version, Arch.AMD64) for version in ("470.256.02", "535.261.03", "550.163.01")}
+    assert {version: dict(one.sources).keys() for version, one in made.items()} == {
+        "470.256.02": {"kernel"},
+        "535.261.03": {"kernel", "kernel-open"},
+        "550.163.01": {"kernel", "kernel-open"},
+    }
+    assert len({one.form for one in made.values()}) == 3
+    assert recipes.driver("550.163.01", Arch.ARM64).packages == made["550.163.01"].packages[:-1]
 
 
 @pytest.mark.parametrize("path", ["usr/share/doc/libcuda1/copyright", "usr/share/lintian/overrides/nvidia-smi"])
@@ -380,6 +406,27 @@ def test_a_package_has_the_vendors_header_and_holds_the_tree(tmp_path: Path) -> 
     assert list(members) == ["./.manifest", "./kernel", "./kernel/Makefile", "./nvidia-smi"]
     assert members["./nvidia-smi"].mode == 0o755
     assert {(one.uid, one.mtime) for one in members.values()} == {(0, oci.EPOCH)}
+
+
+@pytest.mark.parametrize("payload", ["zstd", "xz", "gzip"])
+@pytest.mark.parametrize("decompressor", [False, True])
+@pytest.mark.parametrize("old", [False, True])
+def test_a_package_of_each_form_is_read(tmp_path: Path, payload: Payload, decompressor: bool, old: bool) -> None:
+    lines, target, form = _tree(tmp_path / "tree"), tmp_path / "x.run", Form(payload, decompressor, old)
+    package.write(tmp_path / "tree", "1.2", Arch.AMD64, lines, target, lambda _: None, form)
+    header = runfile.read_header(target)
+    assert runfile.check(target, header, version="1.2", arch=Arch.AMD64, sha256=None)
+    assert runfile.payload_format(target, header) == payload
+    assert (header.decompressor is not None) == decompressor
+    assert (b'\nCRCsum="' in target.read_bytes()) == old
+    runfile.unpack(target, header, tmp_path / "read")
+    assert (tmp_path / "read" / "kernel" / "Makefile").read_text() == "all:\n"
+    if header.decompressor:
+        first, size = header.decompressor
+        embedded = b"\n".join(target.read_bytes().split(b"\n")[first - 1 : first + size - 1])
+        assert embedded.startswith(b"#! /bin/sh\n") and first + size == header.skip
+        done = subprocess.run(["sh"], input=embedded, capture_output=True, check=False)
+        assert done.returncode == 1, "whoever runs it finds out"
 
 
 def test_the_same_tree_gives_the_same_package_wherever_it_is(tmp_path: Path) -> None:

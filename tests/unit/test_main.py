@@ -48,6 +48,7 @@ def test_a_failed_cell_does_not_keep_others_from_being_built(monkeypatch: pytest
 
     monkeypatch.setattr(pipeline, "start", fail)
     monkeypatch.setenv("GL_VERSION", "debian12,debian13")
+    monkeypatch.setenv("DRIVER_VERSION", "550.163.01")
     assert cli.main(["build"]) == 3
     assert len(begun) == 2
 
@@ -57,7 +58,9 @@ def test_help_names_every_verb_and_every_verb_has_help(capsys: pytest.CaptureFix
         cli.main(["--help"])
     assert ended.value.code == 0
     verbs = re.findall(r"^    ([a-z-]+)(?: |$)", capsys.readouterr().out, re.MULTILINE)
-    assert {"setup", "lab", "plan", "build-driver", "build-image", "build", "verify", "clean"} <= set(verbs)
+    assert {"setup", "lab", "plan", "build-driver", "build-image", "build", "verify", "probe-package", "clean"} <= set(
+        verbs
+    )
     for verb in verbs:
         with pytest.raises(SystemExit) as ended:
             cli.main([verb, "--help"])

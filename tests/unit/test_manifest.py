@@ -134,6 +134,25 @@ def test_lines_of_the_documented_format() -> None:
     assert entry_of("nvidia-smi 0755 UTILITY_BINARY SUBPACKAGE:x MODULE:nvml").module == "nvml"
 
 
+def test_a_manifest_is_read_as_far_as_it_is_understood() -> None:
+    good = "nvidia-smi 0755 UTILITY_BINARY MODULE:nvml\n"
+    read, problems = module.read(f"{HEAD}{good}a 0755 WARP_DRIVE MODULE:x\n{good}b 0755\n. 0755 UTILITY_BINARY\n")
+    assert [entry.path for entry in read.entries] == ["nvidia-smi"] * 2
+    assert problems == (
+        "unknown type WARP_DRIVE (line 10)",
+        "line 12: has no type: b 0755",
+        "line 13: . is no file's name",
+    )
+
+
+def test_a_line_ends_where_unix_ends_it() -> None:
+    """A form feed or a line separator in a text is none: the numbers of lines would be others than an editor's."""
+    lines = "nvidia-smi 0755 UTILITY_BINARY MODULE:nvml\r\nodd\x0cname\u2028 0755 X\n"
+    _, problems = module.read(HEAD.replace("Driver", "Driver\x0c") + lines)
+    assert len(problems) == 1
+    assert "line 10" in problems[0]
+
+
 def test_entries_end_at_the_first_empty_line() -> None:
     one = "nvidia-smi 0755 UTILITY_BINARY MODULE:nvml\n"
     assert len(parse(f"{HEAD}{one}\nwhatever follows\n").entries) == 1
@@ -174,11 +193,25 @@ def test_table_knows_every_type_of_the_facts_and_says_what_becomes_of_it() -> No
         kinds = [kind for kind in module._TYPES if re.fullmatch(f"{family}(_LIB|_LIB_SYMLINK|_SYMLINK)", kind)]
         assert len(kinds) == 2, family
         assert all(module._TYPES[kind].fields.startswith("A") for kind in kinds)
+    for kind in ("TLS_LIB", "WINE_LIB", "INTERNAL_UTILITY_BINARY", "INTERNAL_UTILITY_LIB", "INTERNAL_UTILITY_DATA"):
+        assert module._TYPES[kind].fields.upper().startswith("A"), kind
     with_path = (
         "TLS_LIB XMODULE_SHARED_LIB DOCUMENTATION MANPAGE APPLICATION_PROFILE DOT_DESKTOP NVIDIA_MODPROBE "
         "VULKAN_ICD_JSON SYSTEMD_UNIT_SYMLINK SANDBOXUTILS_FILELIST_JSON EXPLICIT_PATH"
     )
-    assert all("P" in module._TYPES[kind].fields for kind in with_path.split())
+    families = r"(CUDA|OPENCL|OPENCL_WRAPPER|VDPAU|GLX_MODULE)_(LIB|SHARED_LIB|LIB_SYMLINK|SYMLINK)"
+    of_families = [kind for kind in module._TYPES if re.fullmatch(families, kind)]
+    assert len(of_families) == 10
+    assert all("P" in module._TYPES[kind].fields for kind in (*with_path.split(), *of_families))
+    without = (
+        "UTILITY_BINARY",
+        "INSTALLER_BINARY",
+        "CUDA_ICD",
+        "KERNEL_MODULE",
+        "SYSTEMD_UNIT",
+        "SYSTEMD_SLEEP_SCRIPT",
+    )
+    assert all(not module._TYPES[kind].fields for kind in without)
     assert all("I" in module._TYPES[kind].fields for kind in ("KERNEL_MODULE_SRC", "DKMS_CONF", "FIRMWARE"))
     for kind, rule in module._TYPES.items():
         assert (rule.folder is None) == bool(rule.reason), kind

@@ -54,6 +54,7 @@ settings:
     drivers: ["570.211.01", "580.95.05"]
     arch:""",
 )
+RICH = RICH.replace('"580.95.05"\n', '"580.95.05"\n    arch: [amd64]\n', 1)
 """A file with every key there is."""
 
 
@@ -87,6 +88,16 @@ def test_a_good_file_loads(tmp_path: Path) -> None:
         "570.211.01-1877.10-amd64-cloud",
         "580.95.05-1877.10-amd64-cloud",
     ]
+
+
+def test_a_driver_is_built_for_the_architectures_that_it_has_a_package_for(tmp_path: Path) -> None:
+    both = GOOD.replace("[amd64]", "[amd64, arm64]").replace("  amd64: ", '  arm64: "1877.3"\n  amd64: ')
+    only = both.replace('"580.95.05"', '"580.95.05"\n    arch: [amd64]')
+    without = {cell.id for cell in matrix.load(write(tmp_path, both)).cells}
+    (tmp_path / "only").mkdir()
+    assert without - {cell.id for cell in matrix.load(write(tmp_path / "only", only)).cells} == {
+        "580.95.05-1877.10-arm64-cloud"
+    }
 
 
 BAD = """\
@@ -201,6 +212,8 @@ def test_all_problems_are_reported_in_one_go(tmp_path: Path) -> None:
         ("[cloud]", "[cloudy]", "line 13: releases[0].flavor[0]: is not one of cloud, baremetal, got 'cloudy'"),
         ("[cloud]", "[]", "line 13: releases[0].flavor: must not be empty"),
         ("[cloud]", "cloud", "line 13: releases[0].flavor: must be a list"),
+        ('"580.95.05"', '"580.95.05"\n    arch: [x86]', "line 10: drivers[2].arch[0]: is not one of amd64, arm64"),
+        ('"580.95.05"', '"580.95.05"\n    arch: [amd64, amd64]', "line 10: drivers[2].arch[1]: is given twice: amd64"),
         ("[cloud]", "[cloud, cloud]", "line 13: releases[0].flavor[1]: is given twice: cloud, first on line 13"),
         ("inputs: upstream", "inputs: upstream\ninputs: lab", "line 2: inputs: is given twice, first on line 1"),
         ("module_type: open", "module_type: closed", "line 17: exclude[0].module_type: is not one of open, propr"),
@@ -469,6 +482,14 @@ def test_the_documented_selection() -> None:
 
 def test_metal_is_accepted_for_baremetal() -> None:
     assert ids(GL_VERSION="1877.3", KERNEL_FLAVOR="metal") == ids(GL_VERSION="1877.3", KERNEL_FLAVOR="baremetal")
+
+
+def test_another_architecture_or_flavour_alone_is_that_of_the_default_cell() -> None:
+    assert matrix.select({"TARGET_ARCH": "arm64"}) == (Cell.parse("550.163.01-debian12-arm64-cloud"),)
+    assert [str(cell) for cell in matrix.select({"TARGET_ARCH": "all", "KERNEL_FLAVOR": "metal"})] == [
+        "550.163.01-debian12-amd64-baremetal",
+        "550.163.01-debian12-arm64-baremetal",
+    ]
 
 
 def test_lists_select_several() -> None:

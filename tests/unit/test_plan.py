@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from builds import image, matrix, pipeline, recheck
+from builds import image, matrix, oci, pipeline, recheck
 from builds import plan as planning
+from builds.cache import Cache
+from builds.console import Reporter
 from builds.errors import ConfigurationError
 from builds.kernel import Kernel
 from builds.matrix import Rule
 from builds.model import Arch, Cell, KernelBuild, ModuleType
 from builds.plan import InputImage, InputPackage, Plan, Shipped
+from builds.settings import resolve
 
 CELL = Cell.parse("570.172.08-1877.3-amd64-cloud")
 KERNEL = Kernel(
@@ -213,16 +218,93 @@ def test_all_tags_together_tell_the_cell_where_one_alone_does_not() -> None:
     assert recheck.cell_of([immutable, "driver:550-6.1.0-50-cloud-amd64-debian12"]).gl == "debian12"
 
 
+@pytest.mark.parametrize(
+    ("tags", "gl"),
+    [
+        (["driver:550-6.1.0-50-cloud-amd64-debian12"], "debian12"),
+        (["driver:550-6.12.95_deb12-cloud-amd64-debian12.bpo"], "debian12.bpo"),
+        (
+            [
+                "driver:550-6.12.95_deb12-cloud-amd64-debian12",
+                "driver:550-6.12.95_deb12-cloud-amd64-debian12.bpo",
+                "driver:550.163.01-6.12.95_deb12-cloud-amd64-0123456789ab",
+            ],
+            "debian12.bpo",
+        ),
+    ],
+)
+def test_releases_that_share_an_os_tag_are_told_apart_by_the_tag_for_people(tags: list[str], gl: str) -> None:
+    assert recheck.cell_of(tags).gl == gl
+
+
+def test_a_release_with_another_os_tag_keeps_its_name_in_the_tag_for_people() -> None:
+    cell = Cell.parse("550.163.01-debian12.bpo-amd64-cloud")
+    made = planning.make(
+        cell,
+        matrix.matrix_of(cell),
+        shipped=[Shipped(cell.gl, KERNEL, InputImage("kmodbuild:amd64-debian12.bpo", "sha256:b111d"))],
+        base=InputImage("registry:debian13", "sha256:ba5e"),
+        package=InputPackage("NVIDIA-Linux-x86_64-550.163.01.run", "ac" * 32, 300),
+        image_path="registry/driver",
+    )
+    assert made.os_tag == "debian12"
+    names = [tag.name for tag in made.tags]
+    assert "550-6.12.44-cloud-amd64-debian12" in names and "550-6.12.44-cloud-amd64-debian12.bpo" in names
+
+
 @pytest.mark.parametrize("tags", [[], ["driver:latest"], ["driver:999-6.12.44-cloud-amd64-gardenlinux0"]])
 def test_a_tag_that_tells_no_cell_is_an_error_that_asks_for_it(tags: list[str]) -> None:
     with pytest.raises(ConfigurationError, match="--cell"):
         recheck.cell_of(tags)
 
 
-def test_only_folders_of_ours_are_emptied(tmp_path: Path) -> None:
-    from builds.console import Reporter
-    from builds.settings import resolve
+def cell_run(cell: Cell, out: Path) -> pipeline.Run:
+    settings = resolve(environ={"OUT_DIR": str(out), "CACHE_DIR": str(out.parent / "cache")})
+    return pipeline.Run(cell, matrix.matrix_of(cell), settings, Cache(settings.cache_dir), Reporter())
 
+
+def leave(plan: Plan, out: Path) -> None:
+    (out / plan.cell.id).mkdir(parents=True)
+    (out / plan.cell.id / pipeline.PLAN).write_text(json.dumps(plan.to_json()))
+
+
+def test_a_plan_that_would_take_the_modules_of_another_cells_kernel_build_is_refused(tmp_path: Path) -> None:
+    """The matrix does not know the kernels of 1877.22 and 1877.23; resolved, they have one name and two builds."""
+    first, second = (replace(CELL, gl=gl) for gl in ("1877.22", "1877.23"))
+    leave(make(cell=first), tmp_path)
+    pipeline._refuse_collision(cell_run(first, tmp_path), make(cell=first, kernel=REBUILT))
+    pipeline._refuse_collision(cell_run(second, tmp_path), make(cell=second))
+    with pytest.raises(ConfigurationError, match="would take the tag") as caught:
+        pipeline._refuse_collision(cell_run(second, tmp_path), make(cell=second, kernel=REBUILT))
+    assert first.id in str(caught.value)
+    assert second.id in str(caught.value)
+    assert "6.12.44-3gl0 there, 6.12.44-3gl2 here" in str(caught.value)
+
+
+def test_headers_of_another_kernel_than_the_matrix_expects_are_told(tmp_path: Path) -> None:
+    said = io.StringIO()
+    run = replace(cell_run(CELL, tmp_path), report=Reporter(Console(file=said, width=1000)))
+    pipeline._say_unexpected(run, make())
+    assert said.getvalue() == ""
+    pipeline._say_unexpected(run, make(kernel=REBUILT))
+    assert "1877.3: the matrix expects kernel 6.12.44-3gl0, the headers are those of 6.12.44-3gl2" in said.getvalue()
+
+
+def test_an_image_is_made_if_a_build_from_the_same_inputs_would_make_it_again(tmp_path: Path) -> None:
+    plan = make()
+    assert pipeline.made(tmp_path, [CELL]) == set()
+    leave(plan, tmp_path)
+    assert pipeline.made(tmp_path, [CELL]) == set(), "a plan is no image"
+    layout = tmp_path / CELL.id / "image"
+    oci.create(layout)
+    oci.add_image(layout, [], arch=Arch.AMD64, names=plan.names, config={"Labels": image.labels(plan)})
+    rules = matrix.matrix_of(CELL).rules
+    assert pipeline.made(tmp_path, [CELL]) == ({CELL} if make(rules=rules).image == plan.image else set())
+    (tmp_path / CELL.id / pipeline.PLAN).write_text(json.dumps(make(base="sha256:0ther").to_json()))
+    assert pipeline.made(tmp_path, [CELL]) == set(), "the image is of another plan"
+
+
+def test_only_folders_of_ours_are_emptied(tmp_path: Path) -> None:
     (tmp_path / "precious").touch()
     settings = resolve(environ={"OUT_DIR": str(tmp_path), "CACHE_DIR": str(tmp_path.parent / "none")})
     with pytest.raises(ConfigurationError, match="was not empty when this project first used it"):

@@ -18,7 +18,7 @@ import zstandard
 
 from builds.errors import BuildError, InfrastructureError
 from builds.model import Arch
-from builds.runfile import RunHeader, check, package_name, read_header, unpack
+from builds.runfile import RunHeader, check, package_name, payload_format, read_header, unpack
 
 VERSION = "550.163.01"
 FILES = {".manifest": b"a manifest\n", "kernel/Makefile": b"all:\n", "libcuda.so.550.163.01": bytes(range(256)) * 9}
@@ -63,7 +63,7 @@ def write_package(
     body += [f"TARGET_OS={quote}{system}{quote}", f"TARGET_ARCH={quote}{machine}{quote}"]
     body += ["if test $# -gt 1; then", "    targetdir=$2; version_string=0", "fi"]
     if decompressor:
-        first = 3 + len(body) + 4
+        first = 3 + len(body) + 2 + 2 + 1
         body += [f"skip_decompress={first}", f"size_decompress={decompressor.count(10)}"]
     # skip= itself and the exit are two more lines.
     skip = 3 + len(body) + 2 + decompressor.count(10) + 1
@@ -109,6 +109,10 @@ def test_header_is_read_as_first_assigned(tmp_path: Path, quote: str) -> None:
 @pytest.mark.parametrize("form", COMPRESS)
 def test_sound_packages_pass_and_unpack(tmp_path: Path, form: str, decompressor: bytes, prefix: str) -> None:
     path = package(tmp_path, payload=COMPRESS[form](tar_of(FILES, prefix)), decompressor=decompressor)
+    header = read_header(path)
+    assert payload_format(path, header) == ("tar" if form == "plain" else form)
+    lines = decompressor.count(b"\n")
+    assert header.decompressor == ((header.skip - lines, lines) if decompressor else None)
     seen: list[int] = []
     digest = checked(path, progress=seen.append)
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -118,6 +122,18 @@ def test_sound_packages_pass_and_unpack(tmp_path: Path, form: str, decompressor:
     unpack(path, read_header(path), tmp_path / "tree")
     assert content_of(tmp_path / "tree") == FILES
     assert (tmp_path / "tree" / ".manifest").stat().st_mode & 0o7022 == 0
+
+
+def test_nothing_of_a_package_is_run(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    program = f"#! /bin/sh\ntouch {marker}\n".encode()
+    path = package(tmp_path, decompressor=program)
+    path.chmod(0o755)
+    assert checked(path)
+    unpack(path, read_header(path), tmp_path / "tree")
+    assert not marker.exists()
+    subprocess.run(["sh"], input=program, check=True)
+    assert marker.exists(), "it would have shown"
 
 
 def test_several_frames_with_padding_are_one_payload(tmp_path: Path) -> None:
@@ -169,6 +185,31 @@ def test_script_without_the_variables_names_all_that_lack(tmp_path: Path) -> Non
     with pytest.raises(BuildError) as caught:
         read_header(path)
     assert caught.value.got == "skip=x, no version_string=, no TARGET_ARCH=, MD5=12"
+
+
+@pytest.mark.parametrize("name", ["skip", "CRCsum", "skip_decompress", "size_decompress"])
+@pytest.mark.parametrize("value", ["-1", "x", "9" * 5000])
+def test_a_number_that_is_none_is_named(tmp_path: Path, name: str, value: str) -> None:
+    path = package(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"#! /bin/sh\n", f"#! /bin/sh\n{name}={value}\n".encode()))
+    with pytest.raises(BuildError, match="has a header that is not a driver package's") as caught:
+        read_header(path)
+    assert f"{name}={value}" in str(caught.value.got)
+
+
+@pytest.mark.parametrize("more", [b"\n", b"\0", b"more", bytes(512)])
+def test_something_behind_a_package_is_found(tmp_path: Path, more: bytes) -> None:
+    path = package(tmp_path)
+    path.write_bytes(path.read_bytes() + more)
+    with pytest.raises(BuildError, match="is damaged, cut short or altered: the header's MD5"):
+        checked(path)
+
+
+@pytest.mark.parametrize("form", COMPRESS)
+def test_something_behind_a_payload_is_found(tmp_path: Path, form: str) -> None:
+    path = package(tmp_path, payload=COMPRESS[form](tar_of(FILES)) + b"more of it")
+    with pytest.raises(BuildError, match="damaged payload"):
+        unpack(path, read_header(path), tmp_path / "tree")
 
 
 @pytest.mark.parametrize(
@@ -278,6 +319,7 @@ def test_damaged_member_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
         {"name": "link", "type": tarfile.SYMTYPE, "linkname": "/etc/passwd"},
         {"name": "link", "type": tarfile.SYMTYPE, "linkname": "../outside"},
         {"name": "link", "type": tarfile.LNKTYPE, "linkname": "../outside"},
+        {"name": "link", "type": tarfile.LNKTYPE, "linkname": "nothing"},
         {"name": "device", "type": tarfile.CHRTYPE},
     ],
 )
