@@ -41,9 +41,9 @@ def test_a_package_of_each_branch_is_understood(version: str, built: Built, buil
 def test_a_branch_without_open_modules_is_planned_without_them(builds: Cli) -> None:
     done = builds("plan", "470.256.02-debian12-amd64-cloud", "--json")
     assert done.returncode == 0, done.stderr
-    (plan,) = json.loads(done.stdout)
-    assert list(plan["modules"]) == ["proprietary"]
-    assert "has no kernel-open" in plan["absent"]["open"]
+    ((of,),) = (plan["sets"] for plan in json.loads(done.stdout))
+    assert list(of["modules"]) == ["proprietary"]
+    assert "has no kernel-open" in of["absent"]["open"]
 
 
 def test_the_page_on_the_user_space_is_what_the_package_gives(built: Built, builds: Cli) -> None:
