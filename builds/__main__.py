@@ -222,10 +222,10 @@ def _plan(options: argparse.Namespace, report: Reporter) -> int:
 
 
 def _plan_offline(options: argparse.Namespace, cells: Sequence[Cell], report: Reporter) -> int:
-    from . import matrix, pipeline
+    from . import matrix, outputs
 
     out = configuration.resolve(options=_settings(options)).out_dir
-    found = outlook.make(matrix.load_all(), cells, pipeline.made(out, cells))
+    found = outlook.make(matrix.load_all(), cells, outputs.made(out, cells))
     if options.ci:
         outlook.refuse(found.collisions)
         print(json.dumps(outlook.ci_matrix(outlook.groups(found, options.ci))))
@@ -350,9 +350,10 @@ def _probe_package(options: argparse.Namespace, report: Reporter) -> None:
 
 
 def _summary(options: argparse.Namespace, report: Reporter) -> None:
-    from . import pipeline
+    from . import outputs
 
-    pipeline.summary([pipeline.start(cell, _settings(options), report) for cell in _cells(options)], report)
+    out = configuration.resolve(options=_settings(options)).out_dir
+    outputs.summary({cell: out / cell.id for cell in _cells(options)}, report)
 
 
 def _clean(options: argparse.Namespace, report: Reporter) -> None:

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from . import compile as compiling
 from . import engine as engines
-from . import http, lab, matrix, oci, registry, userspace, verify
+from . import http, lab, matrix, oci, outputs, registry, userspace, verify
 from . import image as packing
 from . import plan as planning
 from . import probe as probing
 from . import push as pushing
 from .cache import Cache, disk_errors, locked, remove, write_atomically
-from .console import Reporter, human_size, human_time
-from .errors import BuildError, ConfigurationError, ExcludedError, HarnessError, InfrastructureError, VerificationError
+from .console import Reporter
+from .errors import BuildError, ConfigurationError, HarnessError, InfrastructureError, VerificationError
 from .image import Compiled
 from .matrix import Matrix
 from .model import Arch, Cell, ModuleType
@@ -33,11 +32,6 @@ from .record import RECORD, Record
 from .settings import DEFAULTS, Settings, resolve
 from .tags import TagKind
 
-PUSHED = "push.json"
-PLAN = "plan.json"
-_STEPS = "steps.json"
-_FAILURE = "failure.json"
-"""Why the last session's work on a cell failed; not there if it did not."""
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# made by gardenlinux-nvidia-builds, which may empty this folder\n"
 """Content of CACHEDIR.TAG: its first line is what backup tools know, its second is ours."""
 
@@ -60,16 +54,16 @@ class Run:
     @property
     def layout(self) -> Path:
         """The OCI layout of the cell's image."""
-        return self.out / "image"
+        return self.out / outputs.IMAGE
 
     def modules(self, of: ModuleSet, module_type: ModuleType) -> Path:
         """Where the driver stage leaves the modules of a type, and the image stage looks for them."""
-        return self.out / "modules" / of.id / module_type
+        return self.out / outputs.MODULES / of.id / module_type
 
     @property
     def logs(self) -> Path:
         """Logs of the cell's steps."""
-        return self.out / "logs"
+        return self.out / outputs.LOGS
 
 
 def start(cell: Cell, options: Mapping[str, str], report: Reporter, defaults: Mapping[str, str] | None = None) -> Run:
@@ -124,58 +118,12 @@ def plan(run: Run) -> tuple[Plan, Inputs]:
 
 def probe(run: Run) -> None:
     """Tell which known changes of the kernel's interface the cell's kernel has, and which drivers they break."""
-    with phase(run, "probe-headers"):
-        without_rules = replace(run, matrix=replace(run.matrix, rules=()))
-        made, inputs = _planned(without_rules)
-        for one in made.sets:
-            found = probing.run(made, one, inputs, engine=engines.connect(), cache=run.cache, report=run.report)
-            version, drivers = one.kernel.build.version, sorted({cell.driver for cell in run.matrix.cells})
-            rules = {
-                (driver, rule.module_type)
-                for driver in drivers
-                for rule in run.matrix.rules
-                if rule.applies(driver, version)
-            }
-            run.report.table(
-                f"Kernel {one.kernel.build.release} ({one.kernel.build.package})",
-                ("change", "is in it", "drivers of the matrix that it breaks"),
-                (
-                    (
-                        f"{change.name}: {change.reason}",
-                        "yes" if change in found else "no",
-                        "\n".join(
-                            f"{driver} {kind}" + ("" if (driver, kind) in rules else ": no rule says so")
-                            for driver in drivers
-                            for kind in change.types
-                            if change in found and change.hits(driver, kind)
-                        ),
-                    )
-                    for change in probing.known()
-                ),
-            )
-
-
-def made(out: Path, cells: Iterable[Cell]) -> set[Cell]:
-    """The cells whose image is in their output folder, and is what a build from the same inputs would make again."""
-    return {cell for cell in cells if (left := _left(out / cell.id)) and _is_made(left, out / cell.id / "image")}
-
-
-def _left(folder: Path) -> Plan | None:
-    """The plan that an earlier run left in a cell's output folder."""
-    try:
-        return Plan.from_json(json.loads((folder / PLAN).read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, HarnessError):  # none, or of another version
-        return None
-
-
-def _is_made(left: Plan, layout: Path) -> bool:
-    try:
-        now = planning.again(left, matrix.matrix_of(left.cell))
-        image = oci.find_image(layout, now.names[0], now.cell.arch)
-    except (OSError, HarnessError):
-        return False
-    labels = (image.config.get("config") or {}).get("Labels") or {}
-    return bool(labels.get(f"{packing.PREFIX}.plan-key") == now.image)
+    make_inputs([run], refresh=False)
+    made, inputs = plan(replace(run, matrix=replace(run.matrix, rules=())))  # a cell that they exclude has headers, too
+    engine = engines.connect()
+    for one in made.sets:
+        found = probing.run(made, one, inputs, engine=engine, cache=run.cache, report=run.report)
+        probing.show(one, found, run.matrix, run.report)
 
 
 def build_driver(run: Run) -> Plan:
@@ -256,7 +204,7 @@ def push(run: Run, *, drop_builds: bool = False) -> Pushed:
         place = registry.Reference.parse(f"{run.settings.image_path}@{image.digest}")
         repository = registry.connect(place.registry, place.repository, run.report)
         pushed = pushing.run(image, made.tags, repository, drop_builds=drop_builds)
-        write_atomically(run.out / PUSHED, json.dumps(pushed.to_json(), indent=1) + "\n")
+        write_atomically(run.out / outputs.PUSHED, json.dumps(pushed.to_json(), indent=1) + "\n")
         pushing.show(pushed, run.report)
     return pushed
 
@@ -264,49 +212,6 @@ def push(run: Run, *, drop_builds: bool = False) -> Pushed:
 def image_of(run: Run) -> Image:
     """The image that a build left of the cell."""
     return oci.find_image(run.layout, arch=run.cell.arch)
-
-
-def summary(runs: Iterable[Run], report: Reporter) -> None:
-    """Print what came of each cell: digest, size, time per step, checks passed."""
-    rows, images = [], []
-    for run in runs:
-        took = {step["title"]: step["seconds"] for steps in _phases(run).values() for step in steps}
-        image = oci.find_image(run.layout, arch=run.cell.arch) if (run.layout / "oci-layout").is_file() else None
-        rows.append(
-            (
-                run.cell.id,
-                image.digest[:19] if image else "no image",
-                human_size(image.size) if image else "",
-                "\n".join(took),
-                "\n".join(map(human_time, took.values())),
-                _outcome(run, image),
-            )
-        )
-        if image:
-            images.append(f"oci:{run.layout}  {image.digest}")
-    report.table("Summary", ("cell", "digest", "size", "step", "time", "outcome"), rows)
-    for line in images:
-        report.say(line)
-
-
-def _outcome(run: Run, image: Image | None) -> str:
-    """What came of a cell: its last failure, or what the record says of its image; of another image it says nothing."""
-    if (failure := _failure(run)) is not None:
-        told = failure["error"].partition("\n")[0].removeprefix(f"cell {run.cell}: ")
-        return told if failure["kind"] == "excluded" else f"{failure['session']} failed: {told}"
-    if image is None or not (run.out / RECORD).is_file():
-        return "not verified"
-    record = Record.read(run.out / RECORD)
-    return record.summary if record.digest == image.digest else "not verified"
-
-
-def _failure(run: Run) -> dict[str, str] | None:
-    """Why the last session's work on the cell failed."""
-    try:
-        failure: dict[str, str] = json.loads((run.out / _FAILURE).read_text())
-    except (OSError, ValueError):
-        return None
-    return failure
 
 
 def clean(settings: Settings, *, everything: bool, report: Reporter) -> None:
@@ -350,7 +255,7 @@ def _planned(run: Run) -> tuple[Plan, Inputs]:
     make_inputs([run], refresh=False)
     made, inputs = plan(run)
     _refuse_collision(run, made)
-    write_atomically(run.out / PLAN, json.dumps(made.to_json(), indent=1, sort_keys=True) + "\n")
+    outputs.write_plan(run.out, made)
     _say_unexpected(run, made)
     for one in made.sets:
         for module_type, reason in one.absent.items():
@@ -378,7 +283,7 @@ def _refuse_collision(run: Run, made: Plan) -> None:
     ours = {one.id for one in made.sets}
     tag = next(tag for tag in made.tags if tag.kind is TagKind.VERSION)
     for folder in sorted(run.settings.out_dir.glob(f"{made.cell.driver}-*-{made.cell.arch}-{made.cell.flavor}")):
-        other = _left(folder)
+        other = outputs.read_plan(folder)
         if other is None or other.cell == made.cell or other.image_path != made.image_path or tag not in other.tags:
             continue
         if lost := [one for one in other.sets if one.id not in ours]:
@@ -535,26 +440,12 @@ def phase(run: Run, name: str, again: str | None = None) -> Iterator[None]:
         locked(run.out, lambda: run.report.say(f"  waiting for another run of {run.cell}")),
         disk_errors(f"cell {run.cell}", run.out),
     ):
-        (run.out / _FAILURE).unlink(missing_ok=True)
+        outputs.forget_failure(run.out)
         try:
             yield
         except HarnessError as error:
             error.repeat = error.repeat or again or f'nox -s "{name}({run.cell})"'
-            kind = "excluded" if isinstance(error, ExcludedError) else error.kind.name.lower()
-            failure = {"session": name, "kind": kind, "error": str(error)}
-            with suppress(InfrastructureError):  # the error itself is worth more
-                write_atomically(run.out / _FAILURE, json.dumps(failure, indent=1) + "\n")
+            outputs.write_failure(run.out, name, error)
             raise
         finally:
-            took = {**_phases(run), name: [asdict(step) for step in run.report.steps[before:]]}
-            with suppress(InfrastructureError):  # times are worth less than the error that led here
-                write_atomically(run.out / _STEPS, json.dumps(took, indent=1))
-
-
-def _phases(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """The steps of each session's last work on a cell."""
-    try:
-        phases: dict[str, list[dict[str, Any]]] = json.loads((run.out / _STEPS).read_text())
-    except (OSError, ValueError):
-        return {}
-    return phases
+            outputs.write_steps(run.out, name, run.report.steps[before:])

@@ -7,7 +7,7 @@ it. They are compiled as parts of a module, by the compiler and against the head
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from .cache import Cache, key_of, recipe
 from .console import Reporter
 from .engine import Engine
 from .errors import BuildError
+from .matrix import Matrix
 from .model import ModuleType
 from .plan import Inputs, ModuleSet, Plan
 
@@ -117,3 +118,27 @@ def check(plan: Plan, of: ModuleSet, found: Iterable[Break], report: Reporter) -
                 f"have the change {', '.join(one.name for one in suspects)}",
                 style="yellow",
             )
+
+
+def show(of: ModuleSet, found: Iterable[Break], matrix: Matrix, report: Reporter) -> None:
+    """Print the known changes, whether a kernel has them, and which drivers of a matrix they break."""
+    build, drivers = of.kernel.build, sorted({cell.driver for cell in matrix.cells})
+    ruled = {
+        (driver, rule.module_type) for driver in drivers for rule in matrix.rules if rule.applies(driver, build.version)
+    }
+    has = set(found)
+
+    def broken(change: Break) -> Iterator[str]:
+        for driver in drivers:
+            for kind in change.types:
+                if change in has and change.hits(driver, kind):
+                    yield f"{driver} {kind}" + ("" if (driver, kind) in ruled else ": no rule says so")
+
+    report.table(
+        f"Kernel {build.release} ({build.package})",
+        ("change", "is in it", "drivers of the matrix that it breaks"),
+        (
+            (f"{change.name}: {change.reason}", "yes" if change in has else "no", "\n".join(broken(change)))
+            for change in known()
+        ),
+    )

@@ -42,52 +42,60 @@ _MAY_LACK = {
 
 
 @dataclass(frozen=True)
-class ModuleRef:
+class InSet:
+    """Something in a module set."""
+
+    set: ModuleSet
+
+    @property
+    def inner(self) -> str:
+        """Its path in the set's folder."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return f"{self.set.id}/{self.inner}"
+
+    @property
+    def path(self) -> str:
+        """Its path in an image."""
+        return f"{paths.MODULES}/{self}"
+
+
+@dataclass(frozen=True)
+class ModuleRef(InSet):
     """One module that the plan demands."""
 
-    set: ModuleSet
     type: ModuleType
     name: str
 
-    def __str__(self) -> str:
-        return f"{self.set.id}/{self.type}/{self.name}.ko"
-
     @property
-    def path(self) -> str:
-        """Where it is in an image."""
-        return f"{paths.MODULES}/{self}"
+    def inner(self) -> str:
+        """Type, and file."""
+        return f"{self.type}/{self.name}.ko"
 
 
 @dataclass(frozen=True)
-class TypeRef:
-    """One type of a module set, to be there or not."""
+class TypeRef(InSet):
+    """One type, to be there or not."""
 
-    set: ModuleSet
     type: ModuleType
 
-    def __str__(self) -> str:
-        return f"{self.set.id}/{self.type}"
-
     @property
-    def path(self) -> str:
-        """Its folder in an image."""
-        return f"{paths.MODULES}/{self}"
+    def inner(self) -> str:
+        """Its folder."""
+        return self.type
 
 
 @dataclass(frozen=True)
-class FactRef:
-    """One fact by which the installer finds a module set."""
+class FactRef(InSet):
+    """One fact by which the installer finds the set."""
 
-    set: ModuleSet
     name: str
 
-    def __str__(self) -> str:
-        return f"{self.set.id}/{self.name}"
-
     @property
-    def path(self) -> str:
-        """Its file in an image."""
-        return f"{paths.MODULES}/{self}"
+    def inner(self) -> str:
+        """Its file."""
+        return self.name
 
 
 @dataclass(frozen=True)

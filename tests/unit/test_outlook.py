@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from builds import __main__ as cli
-from builds import matrix, outlook, pipeline
+from builds import matrix, outlook, outputs
 from builds.errors import ConfigurationError
 from builds.matrix import Matrix
 from builds.model import Cell, ModuleType
@@ -387,7 +387,7 @@ def test_a_plan_of_many_cells_is_told_offline_and_leaves_nothing(
 
 def test_a_plan_in_json_is_one_document(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     ids = [f"570.211.01-1877.{n}-amd64-cloud" for n in (11, 12, 19)]
-    monkeypatch.setattr(pipeline, "made", lambda _out, _cells: {Cell.parse(ids[1])})
+    monkeypatch.setattr(outputs, "made", lambda _out, _cells: {Cell.parse(ids[1])})
     assert cli.main(["plan", "--json", *ids]) == 0
     document = json.loads(capsys.readouterr().out)
     assert set(document) == {"cells", "images", "counts", "collisions"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from builds import image, matrix, oci, pipeline, recheck
+from builds import image, matrix, oci, outputs, pipeline, recheck
 from builds import plan as planning
 from builds.cache import Cache
 from builds.console import Reporter
@@ -263,15 +263,10 @@ def cell_run(cell: Cell, out: Path) -> pipeline.Run:
     return pipeline.Run(cell, matrix.matrix_of(cell), settings, Cache(settings.cache_dir), Reporter())
 
 
-def leave(plan: Plan, out: Path) -> None:
-    (out / plan.cell.id).mkdir(parents=True)
-    (out / plan.cell.id / pipeline.PLAN).write_text(json.dumps(plan.to_json()))
-
-
 def test_a_plan_that_would_take_the_modules_of_another_cells_kernel_build_is_refused(tmp_path: Path) -> None:
     """The matrix does not know the kernels of 1877.22 and 1877.23; resolved, they have one name and two builds."""
     first, second = (replace(CELL, gl=gl) for gl in ("1877.22", "1877.23"))
-    leave(make(cell=first), tmp_path)
+    outputs.write_plan(tmp_path / first.id, make(cell=first))
     pipeline._refuse_collision(cell_run(first, tmp_path), make(cell=first, kernel=REBUILT))
     pipeline._refuse_collision(cell_run(second, tmp_path), make(cell=second))
     with pytest.raises(ConfigurationError, match="would take the tag") as caught:
@@ -292,16 +287,15 @@ def test_headers_of_another_kernel_than_the_matrix_expects_are_told(tmp_path: Pa
 
 def test_an_image_is_made_if_a_build_from_the_same_inputs_would_make_it_again(tmp_path: Path) -> None:
     plan = make()
-    assert pipeline.made(tmp_path, [CELL]) == set()
-    leave(plan, tmp_path)
-    assert pipeline.made(tmp_path, [CELL]) == set(), "a plan is no image"
+    assert outputs.made(tmp_path, [CELL]) == set()
+    outputs.write_plan(tmp_path / CELL.id, plan)
+    assert outputs.made(tmp_path, [CELL]) == set(), "a plan is no image"
     layout = tmp_path / CELL.id / "image"
     oci.create(layout)
     oci.add_image(layout, [], arch=Arch.AMD64, names=plan.names, config={"Labels": image.labels(plan)})
-    rules = matrix.matrix_of(CELL).rules
-    assert pipeline.made(tmp_path, [CELL]) == ({CELL} if make(rules=rules).image == plan.image else set())
-    (tmp_path / CELL.id / pipeline.PLAN).write_text(json.dumps(make(base="sha256:0ther").to_json()))
-    assert pipeline.made(tmp_path, [CELL]) == set(), "the image is of another plan"
+    assert outputs.made(tmp_path, [CELL]) == {CELL}
+    outputs.write_plan(tmp_path / CELL.id, make(base="sha256:0ther"))
+    assert outputs.made(tmp_path, [CELL]) == set(), "the image is of another plan"
 
 
 def test_only_folders_of_ours_are_emptied(tmp_path: Path) -> None:
