@@ -20,7 +20,7 @@ from builds import matrix, oci, probe
 from builds import plan as planning
 from builds.cache import Cache
 from builds.errors import BuildError
-from builds.model import MODULES, ModuleType
+from builds.model import MODULES, Cell, ModuleType
 from builds.plan import Shipped
 from builds.record import Record
 
@@ -125,6 +125,25 @@ def test_the_reason_of_the_rule_is_true_and_a_failed_compile_says_it(built_with_
     assert f"the log: {tmp_path / f'compile-{of.set.id}-open.log'}" in said
     assert f'repeat: nox -s "build-driver({of.cell})"' in said
     assert of.cache.find("modules", plan.sets[0].modules[ModuleType.OPEN]) is None
+
+
+def test_a_cell_that_fails_does_not_stop_the_others_and_the_summary_says_why(
+    built: Built, builds: Cli, tmp_path: Path
+) -> None:
+    """There is a driver package for one of them only."""
+    (tmp_path / "images").symlink_to(built.inputs.base.layout)
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / built.cell.driver).symlink_to(built.inputs.package.parent)
+    env = {"GL_REGISTRY": f"oci:{tmp_path / 'images'}", "NVIDIA_BASE_URL": str(tmp_path / "packages")}
+    lacking = Cell.parse("470.256.02-debian12-amd64-baremetal")
+    done = builds("build", str(lacking), str(built.cell), env=env)
+    assert done.returncode == 2, done.stderr
+    assert f"[1 of 2] {lacking}" in done.stderr
+    assert "up to date" in done.stderr.partition(f"[2 of 2] {built.cell}")[2]
+    done = builds("summary", str(lacking), str(built.cell), env={"COLUMNS": "400"})
+    assert done.returncode == 0, done.stderr
+    assert "build failed: driver package" in done.stderr
+    assert built.image.digest[:19] in done.stderr
 
 
 def test_the_header_probe_tells_what_the_compiler_would(built: Built, built_with_rule: Built) -> None:

@@ -9,7 +9,14 @@ import pytest
 
 from builds import __main__ as cli
 from builds import errors, pipeline
-from builds.errors import BuildError, ConfigurationError, HarnessError, InfrastructureError, VerificationError
+from builds.errors import (
+    BuildError,
+    ConfigurationError,
+    ExcludedError,
+    HarnessError,
+    InfrastructureError,
+    VerificationError,
+)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +58,28 @@ def test_a_failed_cell_does_not_keep_others_from_being_built(monkeypatch: pytest
     monkeypatch.setenv("DRIVER_VERSION", "550.163.01")
     assert cli.main(["build"]) == 3
     assert len(begun) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["550.163.01-debian13.bpo-amd64-cloud"], 2),
+        (["550.163.01-debian13.bpo-amd64-cloud", "--among-others"], 0),
+        (["550.163.01-debian13.bpo-amd64-cloud", "550.163.01-debian13.bpo-arm64-cloud"], 0),
+    ],
+)
+def test_an_excluded_cell_is_a_failure_only_where_it_is_asked_for_alone(
+    arguments: list[str], status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def exclude(*_arguments: object) -> None:
+        raise ExcludedError("cell", "is excluded by rules", got="open: it does not compile")
+
+    monkeypatch.setattr(pipeline, "start", exclude)
+    assert cli.main(["build", *arguments]) == status
+    said = capsys.readouterr().err
+    assert "is excluded by rules" in said
+    assert "open: it does not compile" in said
+    assert ("error: " in said) == bool(status)
 
 
 def test_help_names_every_verb_and_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
