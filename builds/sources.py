@@ -164,6 +164,7 @@ def _downloaded(
             http.public(url), "there is no such driver package", got="404 Not Found", hint="is the version right?"
         )
         path, sha256 = download.fetch(url, name, lambda part: check(part, expected), site, absent=absent, hint=_HINT)
+    _refuse_unvouched(name, checksum, vouched)  # one that was withdrawn meanwhile is in the cache all the same
     if not pin:  # what a pin says is the matrix's to remember
         site.remember(url, sha256, name, checksum)
     return path, sha256, checksum

@@ -268,6 +268,13 @@ def test_a_package_that_nobody_vouches_for_is_refused_before_it_is_downloaded(
     assert site.of(PLACE) == []
 
 
+def test_a_package_that_is_withdrawn_is_vouched_for_by_nobody_though_it_is_in_the_cache(site: Site, get: Get) -> None:
+    assert get().checksum is Checksum.OWN
+    del site.files[PLACE]
+    with pytest.raises(BuildError, match="nobody vouches"):
+        get(vouched=True)
+
+
 def test_a_pin_needs_nobody_else(site: Site, get: Get, data: bytes) -> None:
     assert get(pin=_sha256(data), vouched=True).checksum is Checksum.PINNED
     assert [one.path for one in site.asked] == [PLACE]
