@@ -187,7 +187,7 @@ def parse(text: str, version: str, arch: Arch, name: str) -> tuple[dict[str, Lis
     """
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BuildError(name, "is no JSON document", got=repr(text[:60])) from error
     if not isinstance(document, dict):
         raise BuildError(name, "is no list of components", got=type(document).__name__)
@@ -258,7 +258,11 @@ def select(tree: Path, component: Component, arch: Arch) -> tuple[Placed, ...]:
 
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack an archive, without the one folder that holds everything. Raises BuildError for one that is damaged."""
-    damage = (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, ValueError)
+    # LookupError of a hard link to nothing, OverflowError of a time that no file can have, OSError of a file in a file.
+    damage = (
+        *(tarfile.TarError, lzma.LZMAError, zlib.error),
+        *(EOFError, LookupError, ValueError, OverflowError, OSError),
+    )
     try:
         with disk_errors(archive.name, folder), tarfile.open(archive, "r:*") as tar:
             for member in tar:
@@ -302,7 +306,7 @@ class _Source:
                 return None
             try:
                 json.loads(text)
-            except ValueError as error:  # not kept, or a server's mistake would stay with us
+            except (ValueError, RecursionError) as error:  # not kept, or a server's mistake would stay with us
                 raise BuildError(http.public(url), "is no JSON document", got=repr(text[:60]), hint=_HINT) from error
             sha256 = hashlib.sha256(text.encode()).hexdigest()
             write_atomically(self.site.path(sha256, name), text)
@@ -383,7 +387,7 @@ def _listed(subject: str, version: object, entry: object) -> Listed:
             ("sha256", r"[0-9a-fA-F]{64}"),
             ("size", r"[1-9]\d{0,14}"),
         )
-        if not re.fullmatch(pattern, str(values.get(name, "")))
+        if not (isinstance(value := values.get(name), str) and re.fullmatch(pattern, value))
     ]
     if problems:
         raise BuildError(subject, "is not listed as an archive should be", got=", ".join(problems)[:300])

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +271,9 @@ def test_an_archive_that_is_not_what_is_listed_is_refused(case: str, mirror: Mir
 
 
 @pytest.mark.parametrize(
-    "text", ["<!DOCTYPE html>", "[]", '{"imex": 1}', '{"imex": {"version": "1", "linux-x86_64": []}}']
+    "text",
+    ["<!DOCTYPE html>", "[]", "[" * 200_000, '{"imex": 1}', '{"imex": {"version": "1", "linux-x86_64": []}}'],
+    ids=["a web page", "a list", "deeper than can be read", "no component", "no archive"],
 )
 def test_a_document_that_is_none_is_refused(text: str, mirror: Mirror, tmp_path: Path) -> None:
     (mirror.root / DOCUMENT).write_text(text)
@@ -286,7 +288,9 @@ def test_a_document_that_is_none_is_refused(text: str, mirror: Mirror, tmp_path:
         ("relative_path", "/etc/passwd"),
         ("relative_path", "imex/../../out.tar.xz"),
         ("relative_path", "http://elsewhere/a.tar.xz"),
+        ("relative_path", 5),
         ("sha256", "123"),
+        ("sha256", int("1" * 64)),
         ("size", "0"),
         ("size", None),
     ],
@@ -298,14 +302,19 @@ def test_what_an_entry_may_not_say_is_named(key: str, value: object, mirror: Mir
         resolve(mirror, tmp_path)
 
 
-def _evil(name: str, **fields: object) -> bytes:
+def _tar(members: Sequence[tuple[str, Mapping[str, object]]]) -> bytes:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w:xz", preset=0) as tar:
-        info = tarfile.TarInfo(name)
-        for field, value in fields.items():
-            setattr(info, field, value)
-        tar.addfile(info)
+        for name, fields in members:
+            info = tarfile.TarInfo(name)
+            for field, value in fields.items():
+                setattr(info, field, value)
+            tar.addfile(info)
     return stream.getvalue()
+
+
+def _evil(name: str, **fields: object) -> bytes:
+    return _tar([(name, fields)])
 
 
 BAD_ARCHIVES = {
@@ -313,6 +322,9 @@ BAD_ARCHIVES = {
     "absolute": _evil("/out"),
     "a link that leads out": _evil("top/link", type=tarfile.SYMTYPE, linkname="../../out"),
     "a device": _evil("top/null", type=tarfile.CHRTYPE),
+    "a hard link to nothing": _evil("top/link", type=tarfile.LNKTYPE, linkname="top/none"),
+    "a time that no file can have": _evil("top/file", mtime=1 << 80),
+    "a file in a file": _tar([("top/a", {}), ("top/a/b", {})]),
     "no archive": b"<!DOCTYPE html>",
     "cut short": archive({"LICENSE": b"x" * 100_000}, "top")[:-40],
     "several folders": archive({"one/a": b"", "two/b": b""}, ""),
