@@ -248,6 +248,9 @@ def select(environ: Mapping[str, str]) -> tuple[Cell, ...]:
     nearest, and for a selection that holds no cell.
     """
     given = {row.name: environ[row.variable] for row in SELECTION if environ.get(row.variable)}
+    for row in SELECTION:
+        if row.name in given and not _values(given[row.name]):
+            raise ConfigurationError(row.variable, "names nothing", got=repr(given[row.name]), hint="unset it")
     matrices = load_all()
     if not given:
         return tuple(matrix.default for matrix in matrices if matrix.default)

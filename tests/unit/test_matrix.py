@@ -530,6 +530,13 @@ def test_an_unknown_value_is_an_error_that_names_the_nearest(variable: str, valu
         matrix.select({variable: value})
 
 
+@pytest.mark.parametrize("variable", ["DRIVER_VERSION", "GL_VERSION", "TARGET_ARCH", "KERNEL_FLAVOR"])
+@pytest.mark.parametrize("value", [" ", ",", " , "])
+def test_a_list_of_nothing_is_not_all(variable: str, value: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{variable}: names nothing"):
+        matrix.select({variable: value})
+
+
 def test_a_selection_without_a_cell_is_an_error() -> None:
     with pytest.raises(ConfigurationError, match="holds no cell"):
         matrix.select({"GL_VERSION": "debian12", "DRIVER_VERSION": "570.172.08"})
