@@ -128,7 +128,8 @@ def _distinct(claims: Iterable[Claim]) -> list[Claim]:
 def _prove(claim: Claim, report: Reporter) -> tuple[tuple[str, ...], HarnessError | None]:
     """Compile what a rule leaves out: a row of the table, and what is wrong with the rule if it can be compiled."""
     run, build = claim.run, claim.set.kernel.build
-    said, problem = "", None
+    said = ""
+    problem: HarnessError | None = None
     try:
         compiling.modules(
             claim.plan,
@@ -150,6 +151,8 @@ def _prove(claim: Claim, report: Reporter) -> tuple[tuple[str, ...], HarnessErro
                 got=said,
                 hint=error.hint,
             )
+    except HarnessError as error:  # nothing is known of the rule; the table of the cells is told all the same
+        said, problem = error.fact, error
     else:
         problem = VerificationError(
             f"the rule for {run.cell.driver} {claim.type}",
@@ -160,6 +163,9 @@ def _prove(claim: Claim, report: Reporter) -> tuple[tuple[str, ...], HarnessErro
 
 
 def _agree(reason: str, said: str) -> bool:
-    """Whether a reason names what the compiler names: a quoted name, or what is missing from the package."""
-    named = re.findall(r"['‘]([A-Za-z_]\w+)['’]", said)
-    return any(name in reason for name in named) if named else True
+    """Whether a reason names what the compiler names: a quoted name, or the folder that the package does not have.
+
+    What names nothing agrees with no reason: a compiler that was killed says nothing about the kernel.
+    """
+    named = re.findall(r"['‘]([A-Za-z_]\w+)['’]", said) or re.findall(r"^no ([\w-]+)/", said)
+    return any(re.search(rf"\b{re.escape(name)}\b", reason) for name in named)
