@@ -41,8 +41,11 @@ class Step:
 
 
 def _console() -> Console:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(stderr=True, highlight=False, soft_wrap=True, width=_LOG_WIDTH)
+    # Without emoji=False the place of an error, nv-pci.c:100:5, would get a picture for its :100:.
+    console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+    if not console.is_terminal:
+        console.width = _LOG_WIDTH
+    return console
 
 
 @dataclass

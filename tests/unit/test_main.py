@@ -9,6 +9,7 @@ import pytest
 
 from builds import __main__ as cli
 from builds import errors, pipeline
+from builds.console import Reporter
 from builds.errors import (
     BuildError,
     ConfigurationError,
@@ -35,6 +36,14 @@ def test_an_error_is_printed_and_its_kind_is_the_exit_status(
     assert "error: subject: fact, got this" in said
     assert "hint: do that" in said
     assert "repeat: nox -s x" in said
+
+
+def test_words_between_colons_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "nv-pci.c:100:5: error: oci:/folder:x:tag"
+    Reporter().say(text)
+    Reporter().fail(BuildError("compile", text))
+    Reporter().table(text, (text,), [(text,)])
+    assert capsys.readouterr().err.count(text) == 5
 
 
 def test_an_interrupted_run_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
