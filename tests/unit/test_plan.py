@@ -298,6 +298,20 @@ def test_an_image_is_made_if_a_build_from_the_same_inputs_would_make_it_again(tm
     assert outputs.made(tmp_path, [CELL]) == set(), "the image is of another plan"
 
 
+def test_an_image_made_before_the_matrix_knew_of_another_build_is_made_again(tmp_path: Path) -> None:
+    old, new = (Cell.parse(f"590.48.01-{gl}-amd64-cloud") for gl in ("1877.8", "1877.9"))
+    alone = make(cell=new)
+    both = make(cell=new, others=(Shipped(old.gl, REBUILT, InputImage("kmodbuild:amd64-1877.8", "sha256:b111e")),))
+    assert matrix.matrix_of(new).siblings(new) == (old, new)
+    for plan, made in ((alone, set()), (both, {new})):
+        out = tmp_path / plan.image
+        outputs.write_plan(out / new.id, plan)
+        layout = out / new.id / "image"
+        oci.create(layout)
+        oci.add_image(layout, [], arch=Arch.AMD64, names=plan.names, config={"Labels": image.labels(plan)})
+        assert outputs.made(out, [new]) == made
+
+
 def test_only_folders_of_ours_are_emptied(tmp_path: Path) -> None:
     (tmp_path / "precious").touch()
     settings = resolve(environ={"OUT_DIR": str(tmp_path), "CACHE_DIR": str(tmp_path.parent / "none")})
