@@ -77,7 +77,11 @@ def summary(folders: Mapping[Cell, Path], report: Reporter) -> None:
         steps = [step for session in _read(folder / STEPS).values() for step in session]
         took = {step["title"]: step["seconds"] for step in steps}
         layout = folder / IMAGE
-        image = oci.find_image(layout, arch=cell.arch) if (layout / "oci-layout").is_file() else None
+        try:
+            image = oci.find_image(layout, arch=cell.arch) if (layout / "oci-layout").is_file() else None
+            outcome = _outcome(cell, folder, image)
+        except HarnessError as error:  # what is wrong with one cell's folder keeps nobody from the others
+            image, outcome = None, f"{error.subject}: {error.fact}"
         rows.append(
             (
                 cell.id,
@@ -85,7 +89,7 @@ def summary(folders: Mapping[Cell, Path], report: Reporter) -> None:
                 human_size(image.size) if image else "",
                 "\n".join(took),
                 "\n".join(map(human_time, took.values())),
-                _outcome(cell, folder, image),
+                outcome,
             )
         )
         if image:

@@ -312,6 +312,23 @@ def test_an_image_made_before_the_matrix_knew_of_another_build_is_made_again(tmp
         assert outputs.made(out, [new]) == made
 
 
+def test_a_summary_tells_of_every_cell_also_where_one_is_damaged(tmp_path: Path) -> None:
+    cells = [replace(CELL, gl=gl) for gl in ("1877.8", "1877.9", "1877.10")]
+    folders = {cell: tmp_path / cell.id for cell in cells}
+    failed, damaged, nothing = folders.values()
+    failed.mkdir()
+    outputs.write_failure(failed, "build", ConfigurationError(f"cell {cells[0]}", "cannot be", got="nothing"))
+    (damaged / "image").mkdir(parents=True)
+    (damaged / "image/oci-layout").write_text("cut sh")
+    said = io.StringIO()
+    outputs.summary(folders, Reporter(Console(file=said, width=1000)))
+    told = {cell: next(line for line in said.getvalue().splitlines() if f" {cell} " in line) for cell in cells}
+    assert "build failed: cannot be, got nothing" in told[cells[0]]
+    assert "has no readable index.json" in told[cells[1]]
+    assert "not verified" in told[cells[2]]
+    assert not nothing.exists()
+
+
 def test_only_folders_of_ours_are_emptied(tmp_path: Path) -> None:
     (tmp_path / "precious").touch()
     settings = resolve(environ={"OUT_DIR": str(tmp_path), "CACHE_DIR": str(tmp_path.parent / "none")})
