@@ -47,7 +47,7 @@ def test_the_plan_says_what_the_image_was_made_of(built: Built, builds: Cli) -> 
     (said,) = json.loads(done.stdout)
     left = json.loads((built.out / "plan.json").read_text())
     assert said == left
-    assert said["kernel"]["build"]["release"].endswith("-cloud-amd64")
+    assert said["sets"][0]["kernel"]["build"]["release"].endswith("-cloud-amd64")
     assert said["package"]["name"] == "NVIDIA-Linux-x86_64-550.163.01.run"
     assert str(built.cache.root) not in done.stdout, "a plan is the same on every machine: it names no folder"
 
