@@ -170,8 +170,10 @@ def _keep_builds(image: Image, meant: Sequence[tuple[Tag, str]], repository: Rep
 
 def _builds(config: Mapping[str, Any]) -> dict[str, str]:
     """The kernel builds that an image has modules for, as its labels tell: digest and package."""
-    labels = (config.get("config") or {}).get("Labels") or {}
-    digests, packages = (labels.get(f"{PREFIX}.kernel-{what}", "").split(",") for what in ("build", "package"))
+    inner = config.get("config")
+    labels = inner.get("Labels") if isinstance(inner, Mapping) else None
+    told = labels if isinstance(labels, Mapping) else {}  # of somebody else's image that may be anything
+    digests, packages = (str(told.get(f"{PREFIX}.kernel-{what}", "")).split(",") for what in ("build", "package"))
     named = packages if len(packages) == len(digests) else digests
     return {digest: name for digest, name in zip(digests, named, strict=True) if digest}
 
