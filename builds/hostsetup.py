@@ -23,6 +23,7 @@ from .model import Arch
 _WAIT = 60  # seconds until a started engine must answer
 _PID_FILES = (Path("/var/run/docker.pid"), Path("/var/run/docker/containerd/containerd.pid"))
 _ENGINE_LOG = Path("/var/log/dockerd.log")
+_SYSTEMD = Path("/run/systemd/system")  # there where systemd runs
 _BINFMT = Path("/proc/sys/fs/binfmt_misc")
 _BINFMT_D = (Path("/usr/lib/binfmt.d"), Path("/etc/binfmt.d"))  # descriptions as the kernel reads them
 
@@ -191,15 +192,17 @@ def _start_engine(report: Reporter) -> None:
     if os.geteuid() != 0:
         raise InfrastructureError("setup", "starting a container engine needs root", got=f"uid {os.geteuid()}")
     with report.step("start container engine"):
-        daemon = None
-        if Path("/run/systemd/system").is_dir():
+        daemon: subprocess.Popen[bytes] | None = None
+        if _SYSTEMD.is_dir():
             _run(["systemctl", "start", "docker"])
         else:
             for file in _PID_FILES:
                 _forget_dead(file)
             # Debian's init script gives up where it may not raise limits; the daemon itself needs no flags.
             with _ENGINE_LOG.open("ab") as log:
-                subprocess.Popen(["dockerd"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+                daemon = subprocess.Popen(
+                    ["dockerd"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
         deadline = time.monotonic() + _WAIT
         while not _answering():
             ended = daemon is not None and daemon.poll() is not None
