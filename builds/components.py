@@ -135,6 +135,9 @@ COMPONENTS = (
 
 NAMES = tuple(component.name for component in COMPONENTS)
 
+NO_SOURCE = "there is no source for it: NVIDIA_REDIST_URL is `none`"
+"""Why a component is absent by the setting."""
+
 _PLATFORMS = {Arch.AMD64: ("linux-x86_64",), Arch.ARM64: ("linux-sbsa", "linux-aarch64")}
 """The vendor's names of a platform. Servers are ``sbsa``; ``aarch64`` has been boards and, once, everything."""
 
@@ -169,7 +172,7 @@ def resolve(base: str | None, version: str, arch: Arch, cache: Cache, report: Re
     where the document says, and for a folder that is none.
     """
     if base is None:
-        return Resolved({}, {}, dict.fromkeys(NAMES, "there is no source for it: NVIDIA_REDIST_URL is `none`"))
+        return Resolved({}, {}, dict.fromkeys(NAMES, NO_SOURCE))
     name = f"redistrib_{version}.json"
     source = _Source(base.rstrip("/"), Site(cache.root / "downloads", report))
     text = source.document(name)

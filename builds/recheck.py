@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
-from . import matrix, oci, pipeline, registry, sources
+from . import components, matrix, oci, pipeline, registry, sources
 from .cache import locked, remove
 from .console import Reporter, shorten
 from .errors import BuildError, ConfigurationError, HarnessError, InfrastructureError, VerificationError
@@ -21,6 +21,7 @@ from .model import Cell, Flavor
 from .oci import Image
 from .pipeline import Run
 from .record import RECORD, Difference, Record, differences, tool_differences
+from .sources import Checksum
 
 _SHOWN = 20  # differences that are printed
 
@@ -189,6 +190,11 @@ def _settings_of(record: Record) -> dict[str, str]:
     reference = str(base.get("reference", "")) if isinstance(base, dict) else ""
     if not reference.startswith("oci:"):
         settings["GL_REGISTRY"] = reference.rpartition(":")[0]
+    package, absent = record.plan.get("package"), record.plan.get("components_absent")
+    if isinstance(package, dict) and package.get("checksum") == Checksum.OWN:
+        settings["PACKAGE_SHA256"] = "optional"  # the plan's key has its bytes: another package is another image
+    if isinstance(absent, dict) and components.NO_SOURCE in list(absent.values()):
+        settings["NVIDIA_REDIST_URL"] = "none"
     return {name: value for name, value in settings.items() if value}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from builds import verify
+from builds import components, recheck, verify
 from builds.errors import InfrastructureError, VerificationError
 from builds.record import (
     CheckResult,
@@ -49,6 +49,23 @@ def record(*checks: CheckResult, **more: Any) -> Record:
         "repeat": "nox -s verify",
     }
     return Record(**{**values, **more})
+
+
+@pytest.mark.parametrize(
+    ("plan", "settings"),
+    [
+        ({}, {}),
+        ({"image_path": "reg/driver"}, {"IMAGE_PATH": "reg/driver"}),
+        ({"base": {"reference": "reg/gl:1877.3"}}, {"GL_REGISTRY": "reg/gl"}),
+        ({"base": {"reference": "oci:1877.3"}}, {}),
+        ({"package": {"checksum": "own"}}, {"PACKAGE_SHA256": "optional"}),
+        ({"package": {"checksum": "published"}, "components_absent": {"imex": "not listed"}}, {}),
+        ({"components_absent": {"imex": components.NO_SOURCE}}, {"NVIDIA_REDIST_URL": "none"}),
+        ({"base": 1, "package": [], "components_absent": "x"}, {}),
+    ],
+)
+def test_a_record_tells_the_settings_that_its_plan_was_made_with(plan: Any, settings: dict[str, str]) -> None:
+    assert recheck._settings_of(record(plan=plan)) == settings
 
 
 @pytest.mark.parametrize("status", [0, 1])
