@@ -145,7 +145,7 @@ def verify(session: nox.Session, cell: str) -> None:
 
 @nox.session(name="lab-matrix", default=False)
 def lab_matrix(session: nox.Session) -> None:
-    """Build and verify the lab's representative cells, and prove its rules; half an hour. -- CELL… for others."""
+    """Build and verify the lab's representative cells, and prove its rules; 40 minutes. -- CELL… for others."""
     session.run(sys.executable, "-m", "builds", "lab-matrix", *session.posargs, external=True)
 
 
