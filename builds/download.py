@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,8 +109,8 @@ def local(place: str) -> Path:
     return Path(place.removeprefix("file://")).expanduser()
 
 
-def text(url: str, limit: int, site: Site, hint: str) -> str | None:
-    """A small text of at most ``limit`` bytes; None where the server says that there is none.
+def text(url: str, limit: int, site: Site, hint: str, none: Container[int] = (404, 410)) -> str | None:
+    """A small text of at most ``limit`` bytes; None where the server says that there is ``none``, by its status.
 
     Raises InfrastructureError where the server cannot be asked, BuildError where it sends more.
     """
@@ -119,7 +119,7 @@ def text(url: str, limit: int, site: Site, hint: str) -> str | None:
     def ask() -> bytes | None:
         with http.prepare(requests.Session()) as session, session.get(url, stream=True, headers=_PLAIN) as response:
             http.check(response)
-            if response.status_code in (404, 410):
+            if response.status_code in none:
                 return None
             if response.status_code != 200:
                 raise InfrastructureError(place, "the server refuses", got=http.status(response), hint=hint)

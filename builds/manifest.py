@@ -204,6 +204,9 @@ _FIELDS = {
 
 _UNKNOWN = "unknown type"
 
+_LONGEST_NAME = 255
+"""Bytes of a file's name, at most: what Linux takes (limits.h, NAME_MAX)."""
+
 _FIRST_ENTRY = 9
 """Number of the first line with an entry."""
 
@@ -352,6 +355,8 @@ def _entry(words: list[str]) -> ManifestEntry:
     path, arch = normpath(path), fields.get("A")
     if path == ".":
         raise ValueError(f"{words[0]} is no file's name")
+    if any(len(part.encode()) > _LONGEST_NAME for name in (path, *fields.values()) for part in name.split("/")):
+        raise ValueError(f"{path[:40]}…: has a name of more than {_LONGEST_NAME} bytes")
     depth = int(fields["I"].partition(":")[2]) if "I" in fields else None
     if depth is not None and depth > path.count("/"):
         raise ValueError(f"{path}: has no {depth} folders to do without")

@@ -242,10 +242,10 @@ def select(environ: Mapping[str, str]) -> tuple[Cell, ...]:
     """The cells that the environment selects; the default cell where it selects nothing.
 
     An axis that is not set is open for drivers and releases, and has its default for architecture and flavour; with
-    neither driver nor release set, those of the default cell are taken.
-    Releases that are past are selected by name, or all of them by ``GL_VERSION=past``; ``all`` is every other one.
-    Either word opens every axis that is not set. Raises ConfigurationError for a value that no cell has, naming the
-    nearest, and for a selection that holds no cell.
+    neither driver nor release set, those of the default cell are taken. ``GL_VERSION=all`` is every supported Garden
+    Linux release, ``past`` every other one, ``lab`` those of the lab; a word opens every axis that is not set, and past
+    releases are selected by name or by their word only. Raises ConfigurationError for a value that no cell has, naming
+    the nearest, and for a selection that holds no cell.
     """
     given = {row.name: environ[row.variable] for row in SELECTION if environ.get(row.variable)}
     for row in SELECTION:
@@ -262,9 +262,9 @@ def select(environ: Mapping[str, str]) -> tuple[Cell, ...]:
     for row in SELECTION:
         axis = _AXES[row.name]
         known = {str(getattr(cell, axis)) for cell in everything}
-        groups = _lifecycles(matrices) if axis == "gl" else {"all": known}
-        grouped = not {"all", "past"}.isdisjoint(_values(given.get("gl_version", "")))
-        values = _values(given.get(row.name) or ("" if grouped else row.default)) or {"all"}
+        groups = _groups(matrices) if axis == "gl" else {"all": known}
+        grouped = not _groups(matrices).keys().isdisjoint(_values(given.get("gl_version", "")))
+        values = _values(given.get(row.name) or ("" if grouped else row.default)) or ({"all", "lab"} & groups.keys())
         for value in sorted(values - known - groups.keys()):
             raise unknown(row.variable, value, known)
         wanted = set[str]().union(*(groups.get(value, {value}) for value in values))
@@ -272,7 +272,7 @@ def select(environ: Mapping[str, str]) -> tuple[Cell, ...]:
     if not cells:
         said = " ".join(f"{row.variable}={given[row.name]}" for row in SELECTION if row.name in given)
         raise ConfigurationError(
-            "selection", "holds no cell", got=said, hint="`GL_VERSION=all,past nox -l` lists every cell"
+            "selection", "holds no cell", got=said, hint="`GL_VERSION=all,past,lab nox -l` lists every cell"
         )
     return tuple(sorted(cells, key=order))
 
@@ -286,11 +286,14 @@ def _values(text: str) -> set[str]:
     return {"baremetal" if value == "metal" else value for value in values}
 
 
-def _lifecycles(matrices: Iterable[Matrix]) -> dict[str, set[str]]:
+def _groups(matrices: Iterable[Matrix]) -> dict[str, set[str]]:
     """The releases that stand behind a word for many of them."""
-    releases = [release for matrix in matrices for release in matrix.releases.values()]
-    words = {"all": Lifecycle.SUPPORTED, "past": Lifecycle.PAST}
-    return {word: {one.gl for one in releases if one.lifecycle is lifecycle} for word, lifecycle in words.items()}
+    groups: dict[str, set[str]] = {"all": set(), "past": set(), "lab": set()}
+    for matrix in matrices:
+        for release in matrix.releases.values():
+            past = release.lifecycle is Lifecycle.PAST
+            groups["past" if past else "lab" if matrix.inputs == "lab" else "all"].add(release.gl)
+    return groups
 
 
 def unknown(subject: str, value: str, known: Iterable[str]) -> ConfigurationError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -33,6 +34,8 @@ _TEXT = "tag:yaml.org,2002:str"
 _COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 _FREE_KEYS: tuple[_Path, ...] = (("gvisor",),)
 """Mappings whose keys are values, so they must be text as these must."""
+_VERSION = re.compile(r"\d+(\.\d+){2,}|\d+(\.\d+)+-\d[\w.+~]*")
+"""A version that YAML reads as text. It is quoted all the same, as every version is."""
 _TYPES = {"object": "mapping", "array": "list", "string": "text"}
 
 _FORMATS = jsonschema.FormatChecker(formats=())
@@ -103,6 +106,7 @@ class _Loader(_Composing):  # type: ignore[misc]
 class _Misread:
     """A scalar that YAML does not read as text, such as an unquoted version: as it is written, and as it is read.
 
+    One that it does read as text, 1877.10.0 say, is no better: what stands beside it might be 1877.10.
     Every scalar of a matrix file is text. Being no ``str``, this one is refused wherever a text must stand.
     """
 
@@ -128,7 +132,10 @@ def _document(node: yaml.Node) -> Any:
     if isinstance(node, yaml.SequenceNode):
         return [_document(item) for item in node.value]
     assert isinstance(node, yaml.ScalarNode)
-    return node.value if node.tag == _TEXT else _Misread(node.value, _reading(node))
+    if node.tag == _TEXT:
+        unquoted = not node.style and _VERSION.fullmatch(node.value)
+        return _Misread(node.value, "") if unquoted else node.value
+    return _Misread(node.value, _reading(node))
 
 
 def _merged(key: yaml.Node, value: yaml.Node) -> list[yaml.MappingNode]:
@@ -232,6 +239,8 @@ def _what(error: jsonschema.ValidationError, validator: Validator) -> str:
 
 
 def _quoted(found: _Misread) -> str:
+    if not found.reading:
+        return f'must be quoted, as every version: write "{found.text}"'
     return f'must be quoted, or YAML reads it as {found.reading}: write "{found.text}"'
 
 

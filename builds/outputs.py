@@ -14,7 +14,7 @@ from . import matrix, oci
 from . import plan as planning
 from .cache import write_atomically
 from .console import Reporter, Step, human_size, human_time
-from .errors import ExcludedError, HarnessError, InfrastructureError
+from .errors import ExcludedError, HarnessError, InfrastructureError, Kind
 from .model import Cell
 from .oci import Image
 from .plan import Plan
@@ -57,9 +57,12 @@ def write_steps(folder: Path, session: str, steps: Sequence[Step]) -> None:
         write_atomically(folder / STEPS, json.dumps(took, indent=1))
 
 
-def write_failure(folder: Path, session: str, error: HarnessError) -> None:
+def write_failure(folder: Path, session: str, error: Exception) -> None:
     """Leave why a session failed; not where the disk is full, for the error itself is worth more."""
-    kind = "excluded" if isinstance(error, ExcludedError) else error.kind.name.lower()
+    if isinstance(error, ExcludedError):
+        kind = "excluded"
+    else:  # what is no error of ours is the surroundings'
+        kind = (error.kind if isinstance(error, HarnessError) else Kind.INFRASTRUCTURE).name.lower()
     failure = {"session": session, "kind": kind, "error": str(error)}
     with suppress(InfrastructureError):
         write_atomically(folder / FAILURE, json.dumps(failure, indent=1) + "\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import compile as compiling
 from . import engine as engines
-from . import http, lab, matrix, oci, outputs, registry, userspace, verify
+from . import http, lab, matrix, oci, outlook, outputs, registry, userspace, verify
 from . import image as packing
 from . import plan as planning
 from . import probe as probing
@@ -118,12 +118,13 @@ def plan(run: Run) -> tuple[Plan, Inputs]:
 
 def probe(run: Run) -> None:
     """Tell which known changes of the kernel's interface the cell's kernel has, and which drivers they break."""
-    make_inputs([run], refresh=False)
-    made, inputs = plan(replace(run, matrix=replace(run.matrix, rules=())))  # a cell that they exclude has headers, too
-    engine = engines.connect()
-    for one in made.sets:
-        found = probing.run(made, one, inputs, engine=engine, cache=run.cache, report=run.report)
-        probing.show(one, found, run.matrix, run.report)
+    with phase(run, "probe-headers"):
+        make_inputs([run], refresh=False)
+        made, inputs = plan(replace(run, matrix=replace(run.matrix, rules=())))  # excluded ones have headers, too
+        engine = engines.connect()
+        for one in made.sets:
+            found = probing.run(made, one, inputs, engine=engine, cache=run.cache, report=run.report)
+            probing.show(one, found, run.matrix, run.report)
 
 
 def build_driver(run: Run) -> Plan:
@@ -266,6 +267,13 @@ def _planned(run: Run) -> tuple[Plan, Inputs]:
     if len(made.sets) > 1:
         builds = ", ".join(f"{one.kernel.build.package} ({', '.join(one.releases)})" for one in made.sets)
         run.report.say(f"  {made.kernel_release} has several builds, one module set each: {builds}")
+    if not made.addressable and run.matrix.inputs != "lab":
+        raise ConfigurationError(
+            f"cell {run.cell}",
+            "has a kernel whose name is not legal in a tag, so no node would find the image",
+            got=made.kernel_release,
+            hint="the GPU Operator takes the name as it is; a kernel must be called otherwise",
+        )
     if not made.addressable:
         run.report.say(
             f"  {made.kernel_release} is not legal in a tag: the GPU Operator cannot address this image",
@@ -277,9 +285,12 @@ def _planned(run: Run) -> tuple[Plan, Inputs]:
 def _refuse_collision(run: Run, made: Plan) -> None:
     """Refuse a plan that would take the tag of another cell's image, and the modules of a kernel build with it.
 
-    Plans that earlier runs left in the output folder tell: where the matrix does not know a kernel, nobody else does
-    before the tag is set. Raises ConfigurationError that names both cells.
+    The matrix tells, as far as it knows kernels; then plans that earlier runs left in the output folder: nobody else
+    knows before the tag is set. Raises ConfigurationError that names both cells.
     """
+    rivals = [cell for cell in run.matrix.cells if (cell.arch, cell.flavor) == (run.cell.arch, run.cell.flavor)]
+    known = outlook.make([run.matrix], rivals).collisions
+    outlook.refuse([one for one in known if run.cell in one.cells])
     ours = {one.id for one in made.sets}
     tag = next(tag for tag in made.tags if tag.kind is TagKind.VERSION)
     for folder in sorted(run.settings.out_dir.glob(f"{made.cell.driver}-*-{made.cell.arch}-{made.cell.flavor}")):
@@ -443,8 +454,9 @@ def phase(run: Run, name: str, again: str | None = None) -> Iterator[None]:
         outputs.forget_failure(run.out)
         try:
             yield
-        except HarnessError as error:
-            error.repeat = error.repeat or again or f'nox -s "{name}({run.cell})"'
+        except Exception as error:
+            if isinstance(error, HarnessError):
+                error.repeat = error.repeat or again or f'nox -s "{name}({run.cell})"'
             outputs.write_failure(run.out, name, error)
             raise
         finally:

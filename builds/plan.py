@@ -225,6 +225,10 @@ def _kernels(
         try:
             image = sources.kmodbuild(reference, sibling.arch, cache, report)
         except ConfigurationError as error:
+            own = matrix.release(cell).kernel
+            if sibling != cell and own and matrix.release(sibling).kernel == own:
+                report.say(f"  {sibling.gl}: no kmodbuild image; by the matrix its kernel is that of {cell.gl}")
+                continue
             if sibling != cell:
                 error.hint = (
                     f"in the matrix the kernels of {sibling.gl} and {cell.gl} have one name: one image for both"

@@ -96,8 +96,9 @@ def cell_of(names: Iterable[str]) -> Cell:
     """
     tags = [name.rpartition(":")[2] for name in names]
     told = [cells for tag in tags if (cells := _cells_of(tag))]
-    fitting = {matrix.matrix_of(cell).siblings(cell)[0] for cell in set.intersection(*told)} if told else set()
-    if len(fitting) > 1:  # releases whose nodes have the same OS tag: one may have it as its own name
+    common = (set.intersection(*told) or set.union(*told)) if told else set()
+    fitting = {matrix.matrix_of(cell).siblings(cell)[0] for cell in common}
+    if len(fitting) > 1:  # a release's own name tells it from those whose nodes have the same OS tag
         fitting = {cell for cell in fitting if any(tag.endswith(f"-{_alias(cell)}") for tag in tags)} or fitting
     if len(fitting) != 1:
         raise ConfigurationError(

@@ -27,7 +27,7 @@ class Setting:
 
 SELECTION = (
     Setting("driver_version", "DRIVER_VERSION", "", "driver versions to select, separated by commas, or `all`"),
-    Setting("gl_version", "GL_VERSION", "", "Garden Linux releases to select, or `all`"),
+    Setting("gl_version", "GL_VERSION", "", "Garden Linux releases to select, or `all`, `past`, `lab`"),
     Setting("target_arch", "TARGET_ARCH", "amd64", "architectures to select: `amd64`, `arm64`, or `all`"),
     Setting("kernel_flavor", "KERNEL_FLAVOR", "cloud", "kernel flavours: `cloud`, `baremetal` (or `metal`), or `all`"),
 )

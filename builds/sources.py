@@ -173,7 +173,8 @@ def _downloaded(
 def _published(url: str, name: str, known: Known | None, site: Site, vouched: bool) -> str | None:
     """The sha256 that stands beside a package on its server, if one does."""
     place = http.public(url + _SUM)
-    text = download.text(url + _SUM, _SUM_LIMIT, site, _HINT)
+    # Stores that keep others out answer 403 for what is not there; who must have a checksum has to know that.
+    text = download.text(url + _SUM, _SUM_LIMIT, site, _HINT, none=(404, 410) if vouched else (403, 404, 410))
     if text is None:
         if vouched and download.exists(url, site, _HINT):  # one that is not there has no checksum either: said as such
             _refuse_unvouched(name, Checksum.OWN, vouched)

@@ -306,6 +306,11 @@ def test_nothing_leads_out_of_the_driver_root(line: str) -> None:
         select(parse(f"{HEAD}{line}\n"), Arch.AMD64)
 
 
+def test_a_name_that_no_disk_takes_is_a_bad_line() -> None:
+    with pytest.raises(BuildError, match="has a name of more than 255 bytes"):
+        module.parse(f"title\n1.0\n\nnvidia\n\n\n./\n./\n{'a' * 256} 0644 DOCUMENTATION x MODULE:x\n\n")
+
+
 def test_missing_names_absent_and_empty_files_and_links_to_nothing(sample: module.Manifest, tmp_path: Path) -> None:
     selected = select(sample, Arch.AMD64)
     fill(tmp_path, selected)

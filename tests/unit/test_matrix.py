@@ -316,6 +316,18 @@ def places(part: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str
             yield from places(value, (*path, key))
 
 
+@pytest.mark.parametrize("version", ["570.172.08", "2150.0.0"])
+def test_a_version_is_quoted_also_where_yaml_reads_text(version: str, tmp_path: Path) -> None:
+    text = GOOD.replace('os_tag: "gardenlinux0"', f"os_tag: {version}")
+    assert lines(tmp_path, text) == [f'line 2: os_tag: must be quoted, as every version: write "{version}"']
+
+
+@pytest.mark.parametrize("tag", [" ", "é", "a\\nb", "x y"])
+def test_an_os_tag_has_what_a_tag_may_have(tag: str, tmp_path: Path) -> None:
+    (found,) = lines(tmp_path, GOOD.replace('os_tag: "gardenlinux0"', f'os_tag: "{tag}"'))
+    assert found.startswith("line 2: os_tag: is not an OS part of the tags")
+
+
 @pytest.mark.parametrize("junk", [None, "", 1.5, True, [], {}, [[]], [{}], {"a": {"b": 1}}, ["x"], [None]], ids=str)
 def test_junk_is_refused_in_words_wherever_it_is_and_once(junk: object, tmp_path: Path) -> None:
     for path in list(places(yaml.safe_load(RICH)))[1:]:
@@ -500,10 +512,13 @@ def of_lifecycle(*lifecycles: Lifecycle) -> set[str]:
     return {cell.id for of in matrix.load_all() for cell in of.cells if of.release(cell).lifecycle in lifecycles}
 
 
-def test_all_releases_selects_every_cell_but_those_of_past_ones() -> None:
-    assert set(ids(GL_VERSION="all")) == of_lifecycle(Lifecycle.SUPPORTED)
+def test_a_word_selects_every_cell_of_its_releases() -> None:
+    lab, releases = matrix.load_all()
+    assert set(ids(GL_VERSION="all")) == of_lifecycle(Lifecycle.SUPPORTED) - {cell.id for cell in lab.cells}
     assert set(ids(GL_VERSION="past")) == of_lifecycle(Lifecycle.PAST)
-    assert set(ids(GL_VERSION="all,past")) == {cell.id for of in matrix.load_all() for cell in of.cells}
+    assert set(ids(GL_VERSION="lab")) == {cell.id for cell in lab.cells}
+    assert set(ids(GL_VERSION="all,past,lab")) == {cell.id for of in (lab, releases) for cell in of.cells}
+    assert {cell.gl for cell in matrix.select({"DRIVER_VERSION": "550.163.01"})} >= {"debian12", "1877.3"}
 
 
 def test_a_past_release_is_selected_by_name_only() -> None:

@@ -193,7 +193,7 @@ def test_claims_of_equal_content_agree() -> None:
 
 @pytest.fixture(scope="module")
 def everything() -> Outlook:
-    return outlook.make(matrix.load_all(), matrix.select({"GL_VERSION": "all,past"}))
+    return outlook.make(matrix.load_all(), matrix.select({"GL_VERSION": "all,past,lab"}))
 
 
 @pytest.fixture(scope="module")

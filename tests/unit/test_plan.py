@@ -205,6 +205,12 @@ def test_a_tag_of_a_kernel_that_nobody_expected_tells_its_cell_by_what_is_left()
     assert recheck.cell_of(["driver:570-6.1.0-50-cloud-amd64-gardenlinux1877.3"]).gl == "1877.3"
 
 
+def test_a_release_of_unknown_kernel_is_told_by_its_own_name() -> None:
+    """1877.19 turns out to have the kernel name that 1877.17 is known for."""
+    tags = ["driver:570.211.01-6.12.87-cloud-amd64-gardenlinux0", "driver:570-6.12.87-cloud-amd64-gardenlinux1877.19"]
+    assert recheck.cell_of(tags) == Cell.parse("570.211.01-1877.19-amd64-cloud")
+
+
 def test_tags_of_releases_that_share_an_image_tell_the_oldest() -> None:
     aliases = [f"driver:570-6.12.60-cloud-amd64-gardenlinux1877.{patch}" for patch in (8, 9)]
     assert recheck.cell_of(aliases).gl == "1877.8"
@@ -274,6 +280,20 @@ def test_a_plan_that_would_take_the_modules_of_another_cells_kernel_build_is_ref
     assert first.id in str(caught.value)
     assert second.id in str(caught.value)
     assert "6.12.44-3gl0 there, 6.12.44-3gl2 here" in str(caught.value)
+
+
+def test_a_collision_that_the_matrix_knows_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    """A release whose alias is the OS tag of another with the same kernel name, and another build."""
+    of = matrix.matrix_of(CELL)
+    releases = dict(of.releases)
+    releases["1877.8"] = replace(releases["1877.8"], os_tag="gardenlinux1877.9")
+    cell = Cell.parse("570.211.01-1877.8-amd64-cloud")
+    run = replace(cell_run(cell, tmp_path), matrix=replace(of, releases=releases))
+    plan = make(cell=cell)
+    with pytest.raises(ConfigurationError, match="would be written by two cells") as caught:
+        pipeline._refuse_collision(run, plan)
+    assert "570.211.01-1877.9-amd64-cloud" in str(caught.value)
+    pipeline._refuse_collision(replace(run, matrix=of), plan)
 
 
 def test_headers_of_another_kernel_than_the_matrix_expects_are_told(tmp_path: Path) -> None:
