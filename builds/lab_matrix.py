@@ -16,8 +16,12 @@ from . import pipeline
 from .console import Reporter, human_size, human_time
 from .errors import BuildError, ExcludedError, HarnessError, VerificationError
 from .model import ModuleType
+from .oci import Image
 from .pipeline import Run
 from .plan import Inputs, ModuleSet, Plan
+
+_COMPILING = tuple(f"compile {module_type}" for module_type in ModuleType)
+"""Steps that compile modules."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Walked:
     cell: str
     outcome: str
     seconds: float
+    compiling: float
+    """Seconds of it that were spent on compiling modules."""
     size: int
     """Bytes of the image."""
     reused: int
@@ -61,12 +67,13 @@ def walk(runs: Sequence[Run], report: Reporter) -> None:
     proofs = [_prove(claim, report) for claim in _distinct(claims)]
     report.table(
         "Cells",
-        ("cell", "outcome", "time", "image", "shared with earlier cells"),
+        ("cell", "outcome", "time", "of it compiling", "image", "shared with earlier cells"),
         (
             (
                 one.cell,
                 one.outcome,
                 human_time(one.seconds),
+                human_time(one.compiling),
                 human_size(one.size) if one.size else "",
                 f"{100 * one.reused // one.size} %" if one.size else "",
             )
@@ -87,19 +94,24 @@ def walk(runs: Sequence[Run], report: Reporter) -> None:
 
 def _cell(run: Run, known: set[str]) -> Walked:
     """Build and verify a cell; ``known`` are the layers that cells before it have, and learns of this one's."""
-    began = monotonic()
+    began, before = monotonic(), len(run.report.steps)
+    image: Image | None = None
+    problem: HarnessError | None = None
     try:
-        record = pipeline.verify_cell(run)
+        outcome = pipeline.verify_cell(run).summary
+        image = pipeline.image_of(run)
     except ExcludedError as error:
         run.report.say(f"  {error.fact}: {error.got}", style="yellow")
-        return Walked(run.cell.id, f"{error.fact}", monotonic() - began, 0, 0)
+        outcome = error.fact
     except HarnessError as error:
         run.report.fail(error)
-        return Walked(run.cell.id, f"{error.subject}: {error.fact}", monotonic() - began, 0, 0, error)
-    layers = {layer.descriptor.digest: layer.descriptor.size for layer in pipeline.image_of(run).layers}
+        outcome, problem = f"{error.subject}: {error.fact}", error
+    seconds = monotonic() - began
+    compiling = sum(step.seconds for step in run.report.steps[before:] if step.title in _COMPILING)
+    layers = {layer.descriptor.digest: layer.descriptor.size for layer in image.layers} if image else {}
     reused = sum(size for digest, size in layers.items() if digest in known)
-    known |= layers.keys()
-    return Walked(run.cell.id, record.summary, monotonic() - began, record.size, reused)
+    known.update(layers)
+    return Walked(run.cell.id, outcome, seconds, compiling, image.size if image else 0, reused, problem)
 
 
 def _claims(run: Run) -> list[Claim]:
