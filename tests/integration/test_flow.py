@@ -30,7 +30,7 @@ from .conftest import ROOT, Built, Cli, environment
 def test_the_default_cell_has_both_module_types(built: Built) -> None:
     assert built.plan.types == tuple(sorted(ModuleType))
     for module_type in ModuleType:
-        folder = built.out / "modules" / module_type
+        folder = built.out / "modules" / built.set.id / module_type
         assert {path.name for path in folder.iterdir()} == {
             *(f"{name}.ko" for name in MODULES),
             "build.log",

@@ -70,7 +70,7 @@ def test_a_failure_repeats_as_well(spoiled: Image, built: Built, builds: Cli, tm
     reference = f"oci:{spoiled.layout}"
     done = builds("verify", "--image", reference, "--cell", str(built.cell), env={"OUT_DIR": str(tmp_path / "one")})
     assert done.returncode == 4, done.stderr
-    assert "modules.crcs[open/nvidia.ko]" in done.stderr
+    assert f"modules.crcs[{built.set.id}/open/nvidia.ko]" in done.stderr
     (left,) = (tmp_path / "one").glob("image-*/record.json")
     failed = Record.read(left)
     assert {check.name for check in failed.of(Outcome.FAILED)} == {
