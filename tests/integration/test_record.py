@@ -74,8 +74,8 @@ def test_a_failure_repeats_as_well(spoiled: Image, built: Built, builds: Cli, tm
     (left,) = (tmp_path / "one").glob("image-*/record.json")
     failed = Record.read(left)
     assert {check.name for check in failed.of(Outcome.FAILED)} == {
-        "modules.crcs[open/nvidia.ko]",
-        "modules.bytes[open/nvidia.ko]",
+        f"modules.crcs[{built.set.id}/open/nvidia.ko]",
+        f"modules.bytes[{built.set.id}/open/nvidia.ko]",
     }
     assert failed.reference == reference
     assert failed.repeat == f"nox -s verify -- --image {reference} --cell {built.cell}"
