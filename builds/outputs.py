@@ -86,11 +86,9 @@ def summary(folders: Mapping[Cell, Path], report: Reporter) -> None:
         except HarnessError as error:  # what is wrong with one cell's folder keeps nobody from the others
             image, outcome = None, f"{error.subject}: {error.fact}"
         facts = (cell.id, image.digest[:19] if image else "no image", human_size(image.size) if image else "")
-        for number, (title, seconds) in enumerate(
-            took.items() or [("", None)]
-        ):  # a row each: a long title has two lines
-            time = "" if seconds is None else human_time(seconds)
-            rows.append((*facts, title, time, outcome) if number == 0 else ("", "", "", title, time, ""))
+        # A step has a row of its own: a long title takes two lines.
+        first, *others = [(title, human_time(seconds)) for title, seconds in took.items()] or [("", "")]
+        rows += [(*facts, *first, outcome), *(("", "", "", *step, "") for step in others)]
         if image:
             images.append(f"oci:{layout}  {image.digest}")
     report.table("Summary", ("cell", "digest", "size", "step", "time", "outcome"), rows)

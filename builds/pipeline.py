@@ -342,14 +342,18 @@ def _driver(run: Run, made: Plan, inputs: Inputs) -> None:
 def _modules(run: Run, made: Plan, inputs: Inputs) -> Compiled:
     """The plan's modules: from the cache, the cell's output folder, or the compiler."""
     engine = None
-    probed: set[str] = set()
-    for one, module_type, key in _each_type(made):
-        if not compiling.adopt(key, run.modules(one, module_type), run.cache):
-            engine = engine or engines.connect()
-            if one.id not in probed:
-                found = probing.run(made, one, inputs, engine=engine, cache=run.cache, report=run.report)
-                probing.check(made, one, found, run.report)
-                probed.add(one.id)
+    for one in made.sets:
+        lacking = [
+            module_type
+            for module_type, key in one.modules.items()
+            if not compiling.adopt(key, run.modules(one, module_type), run.cache)
+        ]
+        if not lacking:
+            continue
+        engine = engine or engines.connect()
+        found = probing.run(made, one, inputs, engine=engine, cache=run.cache, report=run.report)
+        probing.check(made, one, found, run.report)
+        for module_type in lacking:
             compiling.modules(
                 made,
                 one,

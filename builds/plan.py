@@ -225,14 +225,12 @@ def _kernels(
         try:
             image = sources.kmodbuild(reference, sibling.arch, cache, report)
         except ConfigurationError as error:
-            own = matrix.release(cell).kernel
-            if sibling != cell and own and matrix.release(sibling).kernel == own:
+            if sibling == cell:
+                raise
+            if matrix.release(sibling).kernel == matrix.release(cell).kernel:
                 report.say(f"  {sibling.gl}: no kmodbuild image; by the matrix its kernel is that of {cell.gl}")
                 continue
-            if sibling != cell:
-                error.hint = (
-                    f"in the matrix the kernels of {sibling.gl} and {cell.gl} have one name: one image for both"
-                )
+            error.hint = f"in the matrix the kernels of {sibling.gl} and {cell.gl} have one name: one image for both"
             raise
         facts = kernels.facts(image, sibling, cache, report)
         shipped.append(Shipped(sibling.gl, facts.kernel, InputImage(_public(reference, settings), image.digest)))

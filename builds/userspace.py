@@ -29,8 +29,9 @@ def selection(tree: Path, extra: Mapping[str, Path], arch: Arch) -> tuple[Placed
         text = (tree / ".manifest").read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BuildError("driver package", "has no readable .manifest", got=str(error)) from error
-    chosen = manifest.select(manifest.parse(text), arch)
-    if lacking := manifest.missing(manifest.parse(text), chosen, tree):
+    promised = manifest.parse(text)
+    chosen = manifest.select(promised, arch)
+    if lacking := manifest.missing(promised, chosen, tree):
         raise BuildError("driver package", "lacks what its manifest promises", got="; ".join(lacking))
     chosen += manifest.soname_links(chosen, tree)
     for component in components.COMPONENTS:

@@ -105,17 +105,22 @@ BAD_PACKAGES: dict[str, tuple[Spoil, str]] = {
 }
 
 
+def _is_refused(bad: Path, said: str, built: Built, builds: Cli, out: Path) -> None:
+    """A build from a bad package ends with the reason, and leaves no image in ``out``."""
+    done = builds("build", str(built.cell), env={"NVIDIA_BASE_URL": str(bad), "OUT_DIR": str(out)})
+    assert done.returncode == 3, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (out / str(built.cell) / "image").exists()
+
+
 @pytest.mark.parametrize("case", BAD_PACKAGES)
 def test_a_bad_driver_package_is_refused(case: str, built: Built, builds: Cli, tmp_path: Path) -> None:
     spoil, said = BAD_PACKAGES[case]
     bad = tmp_path / built.plan.package.name
     spoil(built.inputs.package, bad)
     out = tmp_path / "out"
-    done = builds("build", str(built.cell), env={"NVIDIA_BASE_URL": str(bad), "OUT_DIR": str(out)})
-    assert done.returncode == 3, done.stderr
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (out / str(built.cell) / "image").exists()
+    _is_refused(bad, said, built, builds, out)
     assert not (out / str(built.cell) / "plan.json").exists()
     done = builds("plan", str(built.cell))
     assert done.returncode == 0, "the good one is still there"
@@ -137,11 +142,7 @@ def test_a_bad_manifest_is_refused_before_anything_is_compiled(
     bad = tmp_path / built.plan.package.name
     _package(built.cell.driver, built.cell.arch, line)(built.inputs.package, bad)
     out = tmp_path / "out"
-    done = builds("build", str(built.cell), env={"NVIDIA_BASE_URL": str(bad), "OUT_DIR": str(out)})
-    assert done.returncode == 3, done.stderr
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (out / str(built.cell) / "image").exists()
+    _is_refused(bad, said, built, builds, out)
     assert not list(out.rglob("*.ko"))
     assert not built.cache.find("driver", key_of(package=file_sha256(bad), recipe=recipes.DRIVER_TREE))
 
