@@ -113,8 +113,9 @@ def container(
     *,
     environment: Mapping[str, str] | None = None,
     entrypoint: Sequence[str] | None = None,
+    network: bool = False,
 ) -> Iterator[Container]:
-    """A container without network, created but not started; removed at the end, whatever happens."""
+    """A container, without network unless asked for, created but not started; removed at the end in any case."""
     try:
         made = engine.client.containers.create(
             image,
@@ -122,7 +123,7 @@ def container(
             entrypoint=list(entrypoint) if entrypoint is not None else None,
             environment=dict(environment or {}),
             labels={LABEL: json.dumps(_owner())},
-            network_mode="none",
+            network_mode=None if network else "none",
             init=True,
         )
     except ImageNotFound as error:

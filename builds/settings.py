@@ -66,6 +66,19 @@ SETTINGS = (
         "ghcr.io/gardenlinux/gardenlinux-nvidia-installer/driver",
         "repository that the image's tags belong to",
     ),
+    Setting(
+        "kernel_image",
+        "KERNEL_IMAGE",
+        "",
+        "where kernels to load the modules into come from, beside kmodbuild images and their package source: a folder of "
+        "Debian packages `linux-image-*.deb`, one such package, or a kernel (`vmlinuz`)",
+    ),
+    Setting(
+        "load_test",
+        "LOAD_TEST",
+        "optional",
+        "whether `push` demands that the modules were loaded in a virtual machine: `required` or `optional`",
+    ),
     Setting("cache_dir", "CACHE_DIR", "~/.cache/gardenlinux-nvidia", "parts that cells share, and the lab's inputs"),
     Setting("out_dir", "OUT_DIR", "out", "one folder per cell: plan, modules, image, record, logs"),
     Setting("jobs", "JOBS", "", "compile jobs at once; default: as many as there are cores"),
@@ -89,6 +102,10 @@ class Settings:
     vouched: bool
     """Whether somebody besides a driver package itself must say which bytes it has."""
     image_path: str
+    kernel_image: Path | None
+    """Where kernels are, beside kmodbuild images and their package sources; None: nowhere else."""
+    must_load: bool
+    """Whether an image is pushed only if its modules were loaded in a virtual machine."""
     cache_dir: Path
     out_dir: Path
     jobs: int
@@ -122,6 +139,9 @@ def resolve(
         raise ConfigurationError(
             "PACKAGE_SHA256", "must be `required` or `optional`", got=repr(values["package_sha256"])
         )
+    if values["load_test"] not in ("required", "optional"):
+        raise ConfigurationError("LOAD_TEST", "must be `required` or `optional`", got=repr(values["load_test"]))
+    kernels = values["kernel_image"].replace("{cache}", str(cache))
     redist = values["nvidia_redist_url"].replace("{cache}", str(cache)).rstrip("/")
     return Settings(
         gl_registry=values["gl_registry"].replace("{cache}", str(cache)).rstrip("/"),
@@ -129,6 +149,8 @@ def resolve(
         nvidia_redist_url=None if redist == "none" else redist,
         vouched=values["package_sha256"] == "required",
         image_path=values["image_path"].rstrip("/"),
+        kernel_image=_folder("KERNEL_IMAGE", kernels) if kernels else None,
+        must_load=values["load_test"] == "required",
         cache_dir=cache,
         out_dir=out,
         jobs=_jobs(values["jobs"]),

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .inputs import images_root, make, missing, packages_root
+from .inputs import images_root, kernels_root, make, missing, packages_root
 
-__all__ = ["images_root", "make", "missing", "packages_root"]
+__all__ = ["images_root", "kernels_root", "make", "missing", "packages_root"]

@@ -19,9 +19,9 @@ from ..console import Reporter, Step, human_size
 from ..errors import HarnessError, InfrastructureError
 from ..model import Arch, Cell
 from . import commands, driver, images, package, recipes
-from .apt import Archive, Package
+from .apt import Archive, Package, file_name
 from .images import Contents
-from .recipes import DriverRecipe, ImageRecipe
+from .recipes import DriverRecipe, ImageRecipe, KernelRecipe
 
 
 def images_root(cache_root: Path) -> Path:
@@ -32,6 +32,11 @@ def images_root(cache_root: Path) -> Path:
 def packages_root(cache_root: Path) -> Path:
     """The folder of the driver packages, ``<version>/<file>`` each. What ``NVIDIA_BASE_URL`` names."""
     return cache_root / "lab" / "driver"
+
+
+def kernels_root(cache_root: Path) -> Path:
+    """The folder of the kernels' packages, as Debian calls them. What ``KERNEL_IMAGE`` names."""
+    return cache_root / "lab" / "kernels"
 
 
 def missing(cells: Iterable[Cell], bases: Iterable[tuple[str, Arch]], cache: Cache) -> tuple[str, ...]:
@@ -76,15 +81,17 @@ def make(cells: Iterable[Cell], bases: Iterable[tuple[str, Arch]], cache: Cache,
 
 @dataclass(frozen=True)
 class _Part:
-    """One input: an image, or a driver package."""
+    """One input: an image, a driver package, or a kernel."""
 
-    recipe: ImageRecipe | DriverRecipe
+    recipe: ImageRecipe | DriverRecipe | KernelRecipe
 
     @property
     def slug(self) -> str:
         """Its name in the file system."""
         if isinstance(self.recipe, ImageRecipe):
             return f"{self.recipe.kind}-{self.recipe.arch}-{self.recipe.gl}"
+        if isinstance(self.recipe, KernelRecipe):
+            return f"kernel-{self.recipe.arch}-{self.recipe.gl}-{self.recipe.flavor}"
         return f"driver-{self.recipe.arch}-{self.recipe.version}"
 
     @property
@@ -92,6 +99,8 @@ class _Part:
         """Its name for people."""
         if isinstance(self.recipe, ImageRecipe):
             return f"{self.recipe.kind} image {self.recipe.arch}-{self.recipe.gl}"
+        if isinstance(self.recipe, KernelRecipe):
+            return f"kernel {self.recipe.arch}-{self.recipe.gl}-{self.recipe.flavor}"
         return f"driver package {self.recipe.version} for {self.recipe.arch}"
 
     def archives(self, folder: Path) -> tuple[Archive, ...]:
@@ -99,6 +108,8 @@ class _Part:
         recipe = self.recipe
         if isinstance(recipe, DriverRecipe):
             wanted: tuple[tuple[tuple[str, ...], Arch], ...] = (((recipe.suite,), recipe.arch),)
+        elif isinstance(recipe, KernelRecipe):
+            wanted = ((recipe.suites, recipe.arch),)
         else:
             wanted = tuple((recipe.suites, arch) for arch in dict.fromkeys((recipe.runs_on, recipe.arch)))
         return tuple(
@@ -109,11 +120,15 @@ class _Part:
     @property
     def commands(self) -> tuple[str, ...]:
         """The host's commands that make it."""
+        if isinstance(self.recipe, KernelRecipe):
+            return ("setpriv", "apt-get")
         return images.COMMANDS if isinstance(self.recipe, ImageRecipe) else driver.COMMANDS
 
     @property
     def code(self) -> str:
         """Version of our own side of it: recipe and code."""
+        if isinstance(self.recipe, KernelRecipe):
+            return key_of(recipe=asdict(self.recipe))
         if isinstance(self.recipe, ImageRecipe):
             files, compressor = (images.__file__, oci.__file__), layers.COMPRESSOR
         else:
@@ -155,6 +170,9 @@ class _Part:
         if isinstance(self.recipe, DriverRecipe):
             path = self.file(cache)
             return path.is_file() and path.stat().st_size == record["size"]
+        if isinstance(self.recipe, KernelRecipe):
+            path = kernels_root(cache.root) / record["output"]
+            return path.is_file() and path.stat().st_size == record["size"]
         layout, name = self.layout(cache)
         try:
             image = oci.find_image(layout, name, self.recipe.runs_on)
@@ -167,10 +185,12 @@ class _Part:
 def _parts(cells: Iterable[Cell], bases: Iterable[tuple[str, Arch]]) -> tuple[_Part, ...]:
     """What these cells and base images need, each once; the first that a build waits for come first."""
     cells = sorted(set(cells))
-    wanted: list[ImageRecipe | DriverRecipe] = []
+    wanted: list[ImageRecipe | DriverRecipe | KernelRecipe] = []
     wanted += [recipes.image("kmodbuild", gl, arch) for gl, arch in sorted({(cell.gl, cell.arch) for cell in cells})]
     wanted += [recipes.image("base", gl, arch) for gl, arch in sorted(set(bases))]
     wanted += [recipes.driver(version, arch) for version, arch in sorted({(c.driver, c.arch) for c in cells})]
+    kernels = (recipes.kernel(*of) for of in sorted({(cell.gl, cell.arch, cell.flavor) for cell in cells}))
+    wanted += [one for one in kernels if one]
     return tuple(map(_Part, wanted))
 
 
@@ -194,6 +214,9 @@ def _make(part: _Part, archives: Sequence[Archive], cache: Cache, report: Report
             log = cache.root / "lab" / "logs" / f"{part.slug}.log"
             with report.units("set up packages", number) as advance:
                 images.build(part.recipe, contents, pool, folder, log, advance)
+        elif isinstance(part.recipe, KernelRecipe):
+            for one in contents.packages:
+                (folder / f"{one.name}_{one.version}_{one.arch}.deb").hardlink_to(pool / file_name(one))
         else:
             driver.build(part.recipe, contents.packages, pool, folder, report)
 
@@ -203,6 +226,8 @@ def _make(part: _Part, archives: Sequence[Archive], cache: Cache, report: Report
     part.remember(cache, {**record, "packages": {one.name: one.version for one in contents.all}})
     if before.get("key") not in (None, key):
         remove(cache.path("lab/parts", before["key"]))
+        if isinstance(part.recipe, KernelRecipe) and before["output"] != output:
+            remove(kernels_root(cache.root) / before["output"])
     step.note(f"{human_size(size)}, {output[:19]}")
 
 
@@ -212,6 +237,9 @@ def _resolve(part: _Part, archives: Sequence[Archive]) -> Contents:
         packages = archives[0].named((*recipe.packages, *recipe.skewed))
         driver.check_versions(recipe, packages)
         return Contents(packages, ())
+    if isinstance(recipe, KernelRecipe):
+        needed, asked = archives[0].closure((recipe.package,)), recipe.package.partition("/")[0]
+        return Contents(tuple(one for one in needed if one.name.startswith("linux-image-") and one.name != asked), ())
     foreign: tuple[Package, ...] = ()
     wanted = recipe.packages
     if recipe.headers:
@@ -228,7 +256,18 @@ def _publish(part: _Part, folder: Path, cache: Cache) -> tuple[str, int]:
         layout, name = part.layout(cache)
         image = images.add(folder, part.recipe, layout, name)
         return image.digest, image.size
+    if isinstance(part.recipe, KernelRecipe):
+        (source,) = folder.glob("*.deb")
+        target = kernels_root(cache.root) / source.name
+        _link(source, target)
+        return target.name, target.stat().st_size
     source, target = folder / driver.package_name(part.recipe), part.file(cache)
+    _link(source, target)
+    return f"sha256:{file_sha256(target)}", target.stat().st_size
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name, whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".part")
     temporary.unlink(missing_ok=True)
@@ -237,7 +276,6 @@ def _publish(part: _Part, folder: Path, cache: Cache) -> tuple[str, int]:
     except OSError:  # a file system without hard links
         shutil.copyfile(source, temporary)
     temporary.replace(target)
-    return f"sha256:{file_sha256(target)}", target.stat().st_size
 
 
 def _mmdebstrap_version() -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from ..errors import ConfigurationError
-from ..model import Arch
+from ..model import Arch, Flavor
 from .package import Form
 
 FILE = Path(__file__).with_name("recipes.yaml")
@@ -105,6 +105,24 @@ class DriverRecipe:
         raise LookupError(path)
 
 
+@dataclass(frozen=True)
+class KernelRecipe:
+    """Which package has the kernel of a release, where its kmodbuild image has it not."""
+
+    gl: str
+    arch: Arch
+    flavor: Flavor
+    suite: str
+    components: tuple[str, ...]
+    package: str
+    """Package that depends on the newest kernel's, as :class:`.apt.Archive` names it."""
+
+    @property
+    def suites(self) -> tuple[str, ...]:
+        """The suites that it comes from; the release's own is the first."""
+        return tuple(dict.fromkeys((self.suite, self.package.partition("/")[2] or self.suite)))
+
+
 def matches(path: str, pattern: str) -> bool:
     """Whether a pattern means a path: the whole of it if it has a slash, else its name."""
     return fnmatchcase(path if "/" in pattern else basename(path), pattern)
@@ -148,6 +166,14 @@ def driver(version: str, arch: Arch) -> DriverRecipe:
         rules=tuple(_rule(line) for line in data["files"]),
         ignored=tuple(data["ignored"]),
     )
+
+
+def kernel(gl: str, arch: Arch, flavor: Flavor) -> KernelRecipe | None:
+    """The recipe of a release's kernel; None where its kmodbuild image has the kernel, too."""
+    data = _data()
+    entry = image("kmodbuild", gl, arch)
+    package = data["releases"][gl]["kmodbuild"][str(arch)].get("kernels", {}).get(str(flavor))
+    return package and KernelRecipe(gl, arch, flavor, entry.suite, entry.components, package)
 
 
 @cache

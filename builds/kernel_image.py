@@ -1,0 +1,313 @@
+"""The kernel itself: what modules are loaded into, in a virtual machine, before a node does.
+
+It comes from where its headers came from: out of the kmodbuild image, or as the package of the very same version out
+of that image's package source; or from ``KERNEL_IMAGE``: a file, or a folder of Debian packages of kernels.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import posixpath
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import zstandard
+from debian.arfile import ArError
+from debian.debfile import DebFile
+
+from . import compile as compiling
+from . import engine as engines
+from . import kmod, oci
+from .cache import Cache, file_sha256, key_of, recipe
+from .console import Reporter
+from .engine import Engine
+from .errors import BuildError, ConfigurationError, HarnessError, InfrastructureError
+from .model import Arch, KernelBuild
+from .plan import Inputs, ModuleSet
+from .rootfs import open_rootfs
+
+_IMAGE = "vmlinuz"
+_SOURCE = "source"
+_RECIPE = recipe(Path(__file__))
+_PACKAGES = ("linux-image-{release}", "linux-image-unsigned-{release}")
+"""How Debian and its descendants call the package of a kernel."""
+_FOUND = "/out"
+_NONE = 100  # status of the script below: the image has no apt
+_FETCH = f"""\
+command -v apt-get >/dev/null || exit {_NONE}
+mkdir {_FOUND} && cd {_FOUND} || exit
+[ "$(dpkg --print-architecture)" = "$ARCH" ] || dpkg --add-architecture "$ARCH"
+set -- -qq -o APT::Sandbox::User=root -o Acquire::Retries=1 -o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20
+apt-get "$@" update || exit
+for name in $NAMES; do
+    ! apt-get "$@" download "$name:$ARCH=$VERSION" || exit 0
+done
+exit 1
+"""
+"""Run in a kmodbuild container, with network: leaves the kernel's package in ``/out``."""
+_Fill = Callable[[Path], None]
+"""Fills a folder with a kernel: ``vmlinuz``, and its own modules below ``modules/``."""
+_Keep = Callable[[str, Mapping[str, str], _Fill], "KernelImage"]
+"""Keeps what was filled in the cache, by where it came from, in words and in facts."""
+_UNREADABLE = (ArError, tarfile.TarError, lzma.LZMAError, zstandard.ZstdError, EOFError, OSError)
+
+
+@dataclass(frozen=True)
+class KernelImage:
+    """A kernel that can be booted, with its own modules as far as they were to be had."""
+
+    folder: Path
+
+    @property
+    def vmlinuz(self) -> Path:
+        """What a boot loader loads."""
+        return self.folder / _IMAGE
+
+    @property
+    def modules(self) -> Path:
+        """The kernel's own modules: what a node has as ``/lib/modules/<release>``; empty where none were to be had."""
+        return self.folder / "modules"
+
+    @property
+    def source(self) -> str:
+        """Where it came from, in a few words."""
+        return (self.folder / _SOURCE).read_text()
+
+    @cached_property
+    def _files(self) -> Mapping[str, Path]:
+        found = sorted(path for path in self.modules.rglob("*.ko*") if path.is_file())
+        return {_name(path.name.partition(".ko")[0]): path for path in found}
+
+    def closure(self, names: Iterable[str]) -> list[tuple[str, bytes]]:
+        """The named modules and what they need, uncompressed, in an order in which they can be loaded.
+
+        Those that the kernel has not as modules are left out: they may be built in. Raises BuildError for one that
+        cannot be read.
+        """
+        done: dict[str, bytes] = {}
+
+        def add(name: str) -> None:
+            path = self._files.get(name)
+            if path is None or name in done:
+                return
+            data = _uncompressed(path)
+            for needed in depends(kmod.read_module(path.name, data)):
+                add(needed)
+            done[name] = data
+
+        for name in names:
+            add(_name(name))
+        return list(done.items())
+
+
+def depends(module: kmod.Module) -> list[str]:
+    """The modules that a module says it needs, as the kernel spells them (``depends`` of its modinfo)."""
+    return [_name(name) for name in (module.one("depends") or "").split(",") if name]
+
+
+def find(
+    of: ModuleSet,
+    arch: Arch,
+    inputs: Inputs,
+    place: Path | None,
+    *,
+    engine: Engine | None,
+    cache: Cache,
+    report: Reporter,
+) -> KernelImage:
+    """The kernel of a module set: from ``place``, from its kmodbuild image, or from that image's package source.
+
+    ``place`` is a kernel, its Debian package, or a folder of such packages.
+    Raises InfrastructureError, with the reason of each source, where none has it, and ConfigurationError where
+    ``place`` is a file that is not this kernel's.
+    """
+    build, kmodbuild = of.kernel.build, inputs.sets[of.id].kmodbuild
+    subject = f"kernel image of {build.release} ({build.package})"
+    reasons: list[str] = []
+
+    def keep(source: str, facts: Mapping[str, str], fill: _Fill) -> KernelImage:
+        def make(folder: Path) -> None:
+            (folder / "modules").mkdir()
+            fill(folder)
+            if not (folder / _IMAGE).is_file():
+                raise BuildError(subject, f"{source} has none", got=f"no boot/vmlinuz-{build.release}")
+            (folder / _SOURCE).write_text(source)
+
+        return KernelImage(cache.make("kernel-image", key_of(**facts, release=build.release, recipe=_RECIPE), make)[0])
+
+    if place is not None:
+        if place.is_file():
+            return _of_file(place, build, arch, keep)
+        package = _package_in(place, build, arch)
+        if package:
+            return keep(f"package {package.name}", {"sha256": file_sha256(package)}, _unpacks(package, build))
+        reasons.append(f"KERNEL_IMAGE has no package of it: {place}")
+    try:
+        return keep("kmodbuild image", {"image": kmodbuild.digest}, _takes_out_of(kmodbuild, build, cache))
+    except BuildError as error:
+        reasons.append(f"{error.fact}")
+    wanted = {"package": build.package, "arch": str(arch), "digest": build.digest}
+    names = [name.format(release=build.release) for name in _PACKAGES]
+    try:
+        if engine is None and not cache.find("kernel-image", key_of(**wanted, release=build.release, recipe=_RECIPE)):
+            raise InfrastructureError(subject, "asking its package source needs a container engine")
+        return keep(
+            "package source of the kmodbuild image",
+            wanted,
+            lambda folder: _fetch(names, build, arch, kmodbuild, folder, engine, report),
+        )
+    except HarnessError as error:
+        reasons.append(f"{error.fact}" + (f" ({error.got})" if error.got else ""))
+    raise InfrastructureError(
+        subject, "is not to be had", got="; ".join(reasons), hint="KERNEL_IMAGE=<file or folder> may name it"
+    )
+
+
+def _of_file(place: Path, build: KernelBuild, arch: Arch, keep: _Keep) -> KernelImage:
+    """A file that the user names: a package, or the kernel alone."""
+    facts = {"sha256": file_sha256(place)}
+    if place.suffix != ".deb":
+        return keep(f"file {place.name}", facts, lambda folder: _write(folder / _IMAGE, place.read_bytes()))
+    if not _fits(place, build, arch):
+        raise ConfigurationError(
+            f"KERNEL_IMAGE {place}",
+            f"is not the package of kernel {build.release} ({build.package}) for {arch}",
+            got=_title(place),
+        )
+    return keep(f"package {place.name}", facts, _unpacks(place, build))
+
+
+def _package_in(folder: Path, build: KernelBuild, arch: Arch) -> Path | None:
+    return next((path for path in sorted(folder.glob("linux-image-*.deb")) if _fits(path, build, arch)), None)
+
+
+def _fits(package: Path, build: KernelBuild, arch: Arch) -> bool:
+    """Whether a Debian package is that of a kernel build; by what it says itself, not by the name of its file."""
+    try:
+        said = DebFile(str(package)).debcontrol()
+    except _UNREADABLE:
+        return False
+    names = [name.format(release=build.release) for name in _PACKAGES]
+    return said.get("Package") in names and (said.get("Version"), said.get("Architecture")) == (build.package, arch)
+
+
+def _title(package: Path) -> str:
+    try:
+        said = DebFile(str(package)).debcontrol()
+    except _UNREADABLE as error:
+        return f"no readable package: {error}"
+    return f"{said.get('Package')} {said.get('Version')} {said.get('Architecture')}"
+
+
+def _unpacks(package: Path, build: KernelBuild) -> _Fill:
+    """What fills a folder with the kernel out of its package."""
+
+    def fill(folder: Path) -> None:
+        try:
+            with _members(package) as archive:
+                for member in archive:
+                    target = _target(posixpath.normpath(member.name), build.release, folder)
+                    if target and member.isfile():
+                        content = archive.extractfile(member)
+                        assert content
+                        _write(target, content.read())
+        except _UNREADABLE as error:
+            raise BuildError(f"package {package.name}", "cannot be read", got=str(error)) from error
+
+    return fill
+
+
+@contextmanager
+def _members(package: Path) -> Iterator[tarfile.TarFile]:
+    """The files of a Debian package."""
+    deb = DebFile(str(package))
+    if "data.tar.zst" in deb.getnames():  # for which the library would run a command that need not be there
+        stream = zstandard.ZstdDecompressor().stream_reader(deb.getmember("data.tar.zst"))
+        with tarfile.open(fileobj=stream, mode="r|") as archive:
+            yield archive
+    else:
+        yield deb.data.tgz()
+
+
+def _takes_out_of(image: oci.Image, build: KernelBuild, cache: Cache) -> _Fill:
+    """What fills a folder with the kernel out of a kmodbuild image, if that has it."""
+
+    def fill(folder: Path) -> None:
+        with open_rootfs(image, cache.root / "tmp") as rootfs:
+            for path, node in rootfs.nodes.items():
+                target = _target(path, build.release, folder)
+                if target and node.is_file:
+                    _write(target, node.read())
+
+    return fill
+
+
+def _target(path: str, release: str, folder: Path) -> Path | None:
+    """Where a file of a kernel's package goes; None for one of no use."""
+    if path == f"boot/vmlinuz-{release}":
+        return folder / _IMAGE
+    inner = re.fullmatch(rf"(?:usr/)?lib/modules/{re.escape(release)}/(modules\.[a-z.]+|kernel/.+\.ko(?:\.\w+)?)", path)
+    return folder / "modules" / inner[1] if inner and ".." not in path.split("/") else None
+
+
+def _write(target: Path, data: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(data)
+
+
+def _fetch(
+    names: list[str],
+    build: KernelBuild,
+    arch: Arch,
+    kmodbuild: oci.Image,
+    folder: Path,
+    engine: Engine | None,
+    report: Reporter,
+) -> None:
+    """Fill a folder with the kernel whose package the kmodbuild image's package source has."""
+    assert engine
+    environment = {"NAMES": " ".join(names), "VERSION": build.package, "ARCH": str(arch)}
+    name, log = compiling.load_kmodbuild(engine, kmodbuild, report), folder / "apt.log"
+    with (
+        report.step(f"fetch kernel image {build.package}"),
+        engines.container(engine, name, ["/bin/sh", "-c", _FETCH], environment=environment, network=True) as made,
+    ):
+        status = engines.run(made, log)
+        said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        if status == _NONE:
+            raise InfrastructureError(build.package, "its kmodbuild image has no apt to fetch it with")
+        if status:
+            raise InfrastructureError(
+                build.package, "its package source does not have it", got=said[-1] if said else "no word"
+            )
+        engines.get_tree(made, _FOUND, folder)
+    log.unlink()
+    for package in folder.glob("*.deb"):
+        _unpacks(package, build)(folder)
+        package.unlink()
+
+
+def _uncompressed(path: Path) -> bytes:
+    """A module as the kernel is given it."""
+    data = path.read_bytes()
+    try:
+        if path.suffix == ".xz":
+            return lzma.decompress(data)
+        if path.suffix == ".gz":
+            return gzip.decompress(data)
+        if path.suffix == ".zst":
+            return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+    except _UNREADABLE as error:
+        raise BuildError(f"kernel module {path.name}", "cannot be uncompressed", got=str(error)) from error
+    return data
+
+
+def _name(module: str) -> str:
+    """The kernel's own spelling of a module's name."""
+    return module.replace("-", "_")

@@ -1,0 +1,268 @@
+"""Loading: the modules of an image put into the very kernel that they are for, in a virtual machine, before any node.
+
+The guest has a program of ours and no other (``guest/init.c``), and a module of ours (``guest/nvswitch.c``) that plays
+the hardware without which the driver would not stay. Here is what the guest is given and what it is told to do; how
+its answers are judged is a matter of the checks.
+
+What the kernel refuses, and how, was seen on 6.1 to 6.12: kernel/module/main.c and kernel/module/version.c.
+"""
+
+from __future__ import annotations
+
+import enum
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from elftools.elf.elffile import ELFFile
+
+from . import compile as compiling
+from . import kmod, machine
+from .cache import Cache, key_of
+from .console import Reporter
+from .engine import Engine
+from .errors import BuildError, InfrastructureError
+from .machine import Boot
+from .model import MODULES, Arch, ModuleType
+from .plan import Inputs, ModuleSet, Plan
+
+SOURCES = Path(__file__).parent / "guest"
+GUEST_FILES = tuple(sorted(path for path in SOURCES.iterdir() if path.is_file()))
+
+LOADED = MODULES[:4]
+"""The modules that stay where there is no GPU; the fifth, nvidia-peermem, wants InfiniBand as well."""
+PEERMEM = MODULES[4]
+SPOILED = MODULES[1]
+"""What the controls are made of: a module that is small, and imports from the kernel and from nvidia.ko."""
+
+PATIENCE = 300.0
+"""Seconds that a guest may take; it takes some ten."""
+
+_LOG_LEVEL = "loglevel=1"  # the kernel's log comes with the answers; what it says in its last moments comes anyway
+_MIB = 1 << 20
+_MARK = "@@ "
+
+
+class Control(enum.StrEnum):
+    """A module that is wrong on purpose: what the kernel says of it proves that the kernel looked."""
+
+    FLAGS = "flags edited"
+    CRC = "CRC flipped"
+    TRUNCATED = "truncated"
+    OTHER_KERNEL = "of another kernel"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one step of the guest's."""
+
+    errno: int
+    """0 for success, else the error of the system call."""
+    kernel: tuple[str, ...]
+    """What the kernel logged meanwhile."""
+    text: tuple[str, ...]
+    """Lines of the file that was to be read."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that the guest is told to do."""
+
+    id: str
+    """What its answer is called."""
+    action: str
+    """``load``, ``unload`` or ``read``."""
+    argument: str
+
+    def __str__(self) -> str:
+        return f"{self.id} {self.action} {self.argument}"
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a guest is given, and what it is to do with it."""
+
+    files: Mapping[str, bytes]
+    """By their path in the guest."""
+    steps: tuple[Step, ...]
+
+
+def guest(plan: Plan, of: ModuleSet, inputs: Inputs, *, engine: Engine | None, cache: Cache, report: Reporter) -> Path:
+    """Folder with the guest's program and its module, compiled once per kernel build and compiler.
+
+    Raises InfrastructureError without an engine that can, BuildError where they do not compile.
+    """
+    sources = {path.name: path.read_text() for path in GUEST_FILES}
+
+    def build(folder: Path) -> None:
+        if engine is None:
+            raise InfrastructureError("virtual machine's guest", "compiling it needs a container engine")
+        way = compiling.way(of, inputs, engine)
+        with report.step("compile guest") as step:
+            compiling.small(plan, of, inputs, sources, folder, engine=engine, report=report)
+            step.note(f"{of.kernel.build.release} ({of.kernel.build.package}), {way}")
+
+    key = key_of(kernel=asdict(of.kernel.build), output=of.kernel.output, compiler=of.kernel.compiler, sources=sources)
+    return cache.make("guest", key, build)[0]
+
+
+def session(
+    modules: Mapping[ModuleType, Mapping[str, bytes]],
+    guests: Path,
+    kernels: Sequence[tuple[str, bytes]],
+    *,
+    modversions: bool,
+) -> Session:
+    """What to do with the modules of an image, by type and name: load them in order, ask for the version, unload them.
+
+    ``kernels`` are the kernel's own modules that they need. The controls come when nvidia.ko of the first type is loaded:
+    they are made of its nvidia-uvm, whose needs are met then, so that nothing but what was changed can be at fault.
+    """
+    files = {"init": (guests / "init").read_bytes(), "nvswitch.ko": (guests / "nvswitch.ko").read_bytes()}
+    steps = [Step("kernel", "read", "/proc/version"), Step("nvswitch", "load", "/nvswitch.ko")]
+    for name, data in kernels:
+        files[f"kernel/{name}.ko"] = data
+        steps.append(Step(f"kernel/{name}", "load", f"/kernel/{name}.ko"))
+    for number, (kind, of) in enumerate(sorted(modules.items())):
+        files |= {f"{kind}/{name}.ko": data for name, data in of.items()}
+        loads = [Step(f"load/{kind}/{name}", "load", f"/{kind}/{name}.ko") for name in (*LOADED, PEERMEM)]
+        if number == 0:
+            wrong = controls(of[SPOILED], modversions=modversions)
+            files |= {f"{control.name}.ko": data for control, data in wrong.items()}
+            loads[1:1] = [Step(f"control/{control.name}", "load", f"/{control.name}.ko") for control in wrong]
+        steps += loads
+        steps.append(Step(f"version/{kind}", "read", "/proc/driver/nvidia/version"))
+        steps.append(Step(f"taint/{kind}", "read", "/proc/sys/kernel/tainted"))
+        names = (PEERMEM, *reversed(LOADED))
+        steps += [Step(f"unload/{kind}/{name}", "unload", name.replace("-", "_")) for name in names]
+    return Session(files, tuple(steps))
+
+
+def boot(
+    arch: Arch, vmlinuz: Path, what: Session, folder: Path, log: Path, patience: float = PATIENCE
+) -> dict[str, Answer]:
+    """Boot a kernel with a session and give the answers, by step; ``folder`` is for the initial file system.
+
+    Raises InfrastructureError where the machine does not run, or the guest does not get as far as its first step:
+    that proves nothing of the modules. Where it ends later, the steps that it did not come to have no answer.
+    """
+    archive = folder / "initrd"
+    size = write_initrd(archive, what)
+    # Twice its size while it is unpacked, then the modules once more as they are loaded.
+    memory = 512 + 3 * size // _MIB
+    try:
+        ended = machine.run(arch, Boot(vmlinuz, archive, _LOG_LEVEL, memory), log, patience=patience)
+    finally:
+        archive.unlink()
+    answers = read(ended.console)
+    if not answers:
+        raise InfrastructureError(
+            "virtual machine",
+            "its kernel did not start our program" if ended.in_time else f"said nothing in {patience:.0f} s",
+            got=ended.console.strip()[-300:] or "no word",
+            hint=f"its console: {log}",
+        )
+    return answers
+
+
+def read(console: str) -> dict[str, Answer]:
+    """The answers on a console, by step."""
+    answers: dict[str, Answer] = {}
+    told: dict[tuple[str, str], list[str]] = {}
+    for line in console.splitlines():
+        step, _, rest = line.partition(_MARK)[2].partition(" ")
+        what, _, words = rest.partition(" ")
+        if what == "status" and words.isdecimal():
+            kernel, text = (tuple(told.get((step, part), ())) for part in ("kernel", "text"))
+            answers[step] = Answer(int(words), kernel, text)
+        elif words.strip():
+            told.setdefault((step, what), []).append(words.strip())
+    return answers
+
+
+def controls(data: bytes, *, modversions: bool) -> dict[Control, bytes]:
+    """A module made wrong in each way that the kernel must find by itself.
+
+    Without MODVERSIONS no CRC is compared: then there is none to flip. Raises BuildError for a module without what
+    would have to be wrong.
+    """
+    found = {
+        Control.FLAGS: _swap(data, b" mod_unload ", b" mod_unl0ad "),
+        Control.TRUNCATED: data[: len(data) // 2],
+        Control.OTHER_KERNEL: _of_another_kernel(data),
+    }
+    if modversions:
+        found[Control.CRC] = _edit_crcs(data, only_first=True)
+    return found
+
+
+def _of_another_kernel(data: bytes) -> bytes:
+    """As if compiled for another kernel: other CRCs, module_layout's among them, and another release in vermagic."""
+    release = b"vermagic="
+    at = data.index(release) + len(release)
+    other = data[:at] + b"0" + data[at + 1 :]
+    return _edit_crcs(other, only_first=False)
+
+
+def _edit_crcs(data: bytes, *, only_first: bool) -> bytes:
+    """The module with the CRC of one symbol of the kernel's flipped, or of all symbols."""
+    edited = bytearray(data)
+    for name, at in _crcs(data):
+        if only_first and name == kmod.LAYOUT_SYMBOL:
+            continue
+        edited[at] ^= 0xFF
+        if only_first:
+            break
+    return bytes(edited)
+
+
+def _crcs(data: bytes) -> Iterator[tuple[str, int]]:
+    """Each symbol that a module imports by CRC, and where in the file that is: of the kernel's own symbols first."""
+    elf = ELFFile(io.BytesIO(data))
+    found: list[tuple[str, int]] = []
+    if section := elf.get_section_by_name("__versions"):
+        for at in range(0, section.data_size, 64):
+            name = section.data()[at + 8 : at + 64].partition(b"\0")[0].decode()
+            found.append((name, section["sh_offset"] + at))
+    elif (crcs := elf.get_section_by_name("__version_ext_crcs")) and (
+        names := elf.get_section_by_name("__version_ext_names")
+    ):
+        for number, name in enumerate(names.data().decode().split("\0")[: crcs.data_size // 4]):
+            found.append((name, crcs["sh_offset"] + 4 * number))
+    return iter(sorted(found, key=lambda each: each[0].startswith(("nv", "os_", "rm_"))))
+
+
+def _swap(data: bytes, old: bytes, new: bytes) -> bytes:
+    at = data.find(old, data.find(b"vermagic="))
+    if at < 0:
+        raise BuildError("control module", "has no flag to change", got="a vermagic without mod_unload")
+    return data[:at] + new + data[at + len(old) :]
+
+
+def write_initrd(target: Path, what: Session) -> int:
+    """Write the guest's file system, a cpio archive as the kernel unpacks it (``newc``); its size in bytes."""
+    script = "".join(f"{step}\n" for step in what.steps).encode()
+    files = {**what.files, "script": script}
+    folders = sorted({str(parent) for path in files for parent in Path(path).parents} - {"."})
+    with target.open("wb") as archive:
+        number = 0
+
+        def add(name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> None:
+            nonlocal number
+            number += 1
+            path = name.encode() + b"\0"
+            fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(path), 0)
+            archive.write(b"070701" + b"".join(b"%08X" % field for field in fields) + path)
+            archive.write(bytes(-(6 + 8 * len(fields) + len(path)) % 4) + data + bytes(-len(data) % 4))
+
+        for folder in ("dev", "proc", "sys", *folders):
+            add(folder, 0o040755)
+        add("dev/console", 0o020600, device=(5, 1))
+        add("dev/kmsg", 0o020600, device=(1, 11))
+        for name, data in files.items():
+            add(name, 0o100755, data)
+        add("TRAILER!!!", 0)
+        return archive.tell()
+
+
