@@ -23,6 +23,7 @@ nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["build", "verify"]
 SCRIPTS = (
     "builds/compile.sh",
+    "builds/guest/compile.sh",
     "builds/installer/nvidia-driver",
     *map(str, Path("builds/installer").glob("*.sh")),
     ".ci/run",

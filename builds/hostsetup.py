@@ -1,4 +1,4 @@
-"""Make a bare Debian machine ready: a container engine that answers, the commands that the lab needs, emulators.
+"""Make a bare Debian machine ready: a container engine that answers, what lab and verification run, emulators.
 
 Runs only when named; says what it installs and does nothing where nothing is missing.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from . import emulation, engine
+from . import emulation, engine, machine
 from .console import Reporter
 from .errors import InfrastructureError
 from .model import Arch
@@ -43,6 +43,10 @@ NEEDS = (
     Need("dpkg-deb", ("dpkg",), "the lab's driver package"),
 )
 ENGINE = Need("dockerd", ("docker.io", "iptables", "ca-certificates"), "a container engine")
+MACHINES = {
+    Arch.AMD64: Need(machine.PROGRAMS[Arch.AMD64], ("qemu-system-x86",), "loading modules in a virtual machine"),
+    Arch.ARM64: Need(machine.PROGRAMS[Arch.ARM64], ("qemu-system-arm",), "loading arm64 modules in a virtual machine"),
+}
 EMULATOR = Need("qemu-{machine}-static", ("qemu-user-static",), "programs for {arch}")
 CLIENT = Need("docker", ("docker-cli", "docker.io"), "checks that run inside a container")
 
@@ -60,7 +64,9 @@ def prepare(report: Reporter, arches: Iterable[Arch] = ()) -> None:
             got=host,
             hint="start it, or unset DOCKER_HOST to have one installed and started here",
         )
-    needs = [need for need in NEEDS if not shutil.which(need.command)]
+    arches = sorted(set(arches))
+    wanted = [*NEEDS, *(MACHINES[arch] for arch in sorted({Arch.AMD64, *arches}))]  # amd64: the default cell's
+    needs = [need for need in wanted if not shutil.which(need.command)]
     if not answering and not shutil.which(ENGINE.command):
         needs.append(ENGINE)
     if needs:
@@ -75,7 +81,7 @@ def prepare(report: Reporter, arches: Iterable[Arch] = ()) -> None:
     if not shutil.which(CLIENT.command):
         needs.append(_first_known(CLIENT))
         _install(needs[-1:], report)
-    emulated = [arch for arch in sorted(set(arches)) if _emulate(arch, report)]
+    emulated = [arch for arch in arches if _emulate(arch, report)]
     if answering:
         report.say(f"  container engine {answering.version} at {answering.url}", style="green")
     report.say("  ready" if needs or started or emulated else "  nothing is missing", style="green")

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import zstandard
 from debian.arfile import ArError
@@ -228,7 +229,8 @@ def _members(package: Path) -> Iterator[tarfile.TarFile]:
     """The files of a Debian package."""
     deb = DebFile(str(package))
     if "data.tar.zst" in deb.getnames():  # for which the library would run a command that need not be there
-        stream = zstandard.ZstdDecompressor().stream_reader(deb.getmember("data.tar.zst"))
+        member: Any = deb.getmember("data.tar.zst")
+        stream = zstandard.ZstdDecompressor().stream_reader(member)
         with tarfile.open(fileobj=stream, mode="r|") as archive:
             yield archive
     else:

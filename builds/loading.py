@@ -10,19 +10,22 @@ What the kernel refuses, and how, was seen on 6.1 to 6.12: kernel/module/main.c 
 from __future__ import annotations
 
 import enum
+import errno
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
 from . import compile as compiling
-from . import kmod, machine
+from . import kernel_image, kmod, machine
 from .cache import Cache, key_of
 from .console import Reporter
 from .engine import Engine
-from .errors import BuildError, InfrastructureError
+from .errors import InfrastructureError
+from .kernel_image import KernelImage
 from .machine import Boot
 from .model import MODULES, Arch, ModuleType
 from .plan import Inputs, ModuleSet, Plan
@@ -41,6 +44,8 @@ PATIENCE = 300.0
 
 _LOG_LEVEL = "loglevel=1"  # the kernel's log comes with the answers; what it says in its last moments comes anyway
 _MIB = 1 << 20
+_VERMAGIC, _FLAG = b"vermagic=", b" mod_unload "
+_ENTRY = 64  # bytes of an entry of __versions, as kmod reads it
 _MARK = "@@ "
 
 
@@ -53,6 +58,15 @@ class Control(enum.StrEnum):
     OTHER_KERNEL = "of another kernel"
 
 
+REFUSALS = {
+    Control.FLAGS: ("ENOEXEC", "version magic"),
+    Control.CRC: ("EINVAL", "disagrees about version of symbol"),
+    Control.TRUNCATED: ("ENOEXEC", ""),
+    Control.OTHER_KERNEL: ("ENOEXEC", "version magic|disagrees about version of symbol module_layout"),
+}
+"""How a kernel refuses each, and what it says; in what words it does of a truncated file has changed over the years."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What came of one step of the guest's."""
@@ -63,6 +77,20 @@ class Answer:
     """What the kernel logged meanwhile."""
     text: tuple[str, ...]
     """Lines of the file that was to be read."""
+
+    @property
+    def error(self) -> str:
+        """The error's name, such as ``ENOEXEC``; empty for success."""
+        return errno.errorcode.get(self.errno, str(self.errno)) if self.errno else ""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a virtual machine needs besides an image."""
+
+    kernel: KernelImage
+    guest: Path
+    """Folder with the guest's program and its module."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +114,27 @@ class Session:
     files: Mapping[str, bytes]
     """By their path in the guest."""
     steps: tuple[Step, ...]
+
+
+def prepare(
+    plan: Plan,
+    of: ModuleSet,
+    inputs: Inputs,
+    place: Path | None,
+    *,
+    engine: Engine | None,
+    cache: Cache,
+    report: Reporter,
+) -> Prepared:
+    """What a virtual machine for a module set needs; ``place`` is where ``KERNEL_IMAGE`` has kernels.
+
+    Raises ConfigurationError where ``place`` is a file of another kernel, any other HarnessError where something
+    cannot be had: then nothing is said of the modules.
+    """
+    arch = plan.cell.arch
+    machine.version(arch)
+    kernel = kernel_image.find(of, arch, inputs, place, engine=engine, cache=cache, report=report)
+    return Prepared(kernel, guest(plan, of, inputs, engine=engine, cache=cache, report=report))
 
 
 def guest(plan: Plan, of: ModuleSet, inputs: Inputs, *, engine: Engine | None, cache: Cache, report: Reporter) -> Path:
@@ -116,8 +165,9 @@ def session(
 ) -> Session:
     """What to do with the modules of an image, by type and name: load them in order, ask for the version, unload them.
 
-    ``kernels`` are the kernel's own modules that they need. The controls come when nvidia.ko of the first type is loaded:
-    they are made of its nvidia-uvm, whose needs are met then, so that nothing but what was changed can be at fault.
+    ``kernels`` are the kernel's own modules that they need. The controls come when nvidia.ko of the first type is
+    loaded: they are made of its nvidia-uvm, whose needs are met then, so that only what was changed can be at fault.
+    What a damaged image lacks is left out: it gets no answer.
     """
     files = {"init": (guests / "init").read_bytes(), "nvswitch.ko": (guests / "nvswitch.ko").read_bytes()}
     steps = [Step("kernel", "read", "/proc/version"), Step("nvswitch", "load", "/nvswitch.ko")]
@@ -126,8 +176,8 @@ def session(
         steps.append(Step(f"kernel/{name}", "load", f"/kernel/{name}.ko"))
     for number, (kind, of) in enumerate(sorted(modules.items())):
         files |= {f"{kind}/{name}.ko": data for name, data in of.items()}
-        loads = [Step(f"load/{kind}/{name}", "load", f"/{kind}/{name}.ko") for name in (*LOADED, PEERMEM)]
-        if number == 0:
+        loads = [Step(f"load/{kind}/{name}", "load", f"/{kind}/{name}.ko") for name in MODULES if name in of]
+        if number == 0 and SPOILED in of:
             wrong = controls(of[SPOILED], modversions=modversions)
             files |= {f"{control.name}.ko": data for control, data in wrong.items()}
             loads[1:1] = [Step(f"control/{control.name}", "load", f"/{control.name}.ko") for control in wrong]
@@ -144,8 +194,8 @@ def boot(
 ) -> dict[str, Answer]:
     """Boot a kernel with a session and give the answers, by step; ``folder`` is for the initial file system.
 
-    Raises InfrastructureError where the machine does not run, or the guest does not get as far as its first step:
-    that proves nothing of the modules. Where it ends later, the steps that it did not come to have no answer.
+    Raises InfrastructureError where the machine does not run or not end, or the guest does not get as far as its first
+    step: that proves nothing of the modules. Where it ends later, the steps that it did not come to have no answer.
     """
     archive = folder / "initrd"
     size = write_initrd(archive, what)
@@ -156,10 +206,10 @@ def boot(
     finally:
         archive.unlink()
     answers = read(ended.console)
-    if not answers:
+    if not answers or not ended.in_time:
         raise InfrastructureError(
             "virtual machine",
-            "its kernel did not start our program" if ended.in_time else f"said nothing in {patience:.0f} s",
+            "its kernel did not start our program" if ended.in_time else f"did not end in {patience:.0f} s",
             got=ended.console.strip()[-300:] or "no word",
             hint=f"its console: {log}",
         )
@@ -182,62 +232,48 @@ def read(console: str) -> dict[str, Answer]:
 
 
 def controls(data: bytes, *, modversions: bool) -> dict[Control, bytes]:
-    """A module made wrong in each way that the kernel must find by itself.
+    """A module made wrong in each way that the kernel must find by itself, as far as there is something to make wrong.
 
-    Without MODVERSIONS no CRC is compared: then there is none to flip. Raises BuildError for a module without what
-    would have to be wrong.
+    Without MODVERSIONS no CRC is compared: then there is none to flip.
     """
-    found = {
-        Control.FLAGS: _swap(data, b" mod_unload ", b" mod_unl0ad "),
-        Control.TRUNCATED: data[: len(data) // 2],
-        Control.OTHER_KERNEL: _of_another_kernel(data),
-    }
-    if modversions:
-        found[Control.CRC] = _edit_crcs(data, only_first=True)
+    at = data.find(_VERMAGIC) + len(_VERMAGIC)
+    flag = data.find(_FLAG, at)
+    found = {Control.TRUNCATED: data[: len(data) // 2]}
+    if flag >= at >= len(_VERMAGIC):
+        found[Control.FLAGS] = _flip(data, [flag + 1])
+        found[Control.OTHER_KERNEL] = _flip(data, [at, *(place for _, place in _crcs(data))])
+    if modversions and (own := [place for name, place in _crcs(data) if name != kmod.LAYOUT_SYMBOL]):
+        found[Control.CRC] = _flip(data, own[:1])
     return found
 
 
-def _of_another_kernel(data: bytes) -> bytes:
-    """As if compiled for another kernel: other CRCs, module_layout's among them, and another release in vermagic."""
-    release = b"vermagic="
-    at = data.index(release) + len(release)
-    other = data[:at] + b"0" + data[at + 1 :]
-    return _edit_crcs(other, only_first=False)
-
-
-def _edit_crcs(data: bytes, *, only_first: bool) -> bytes:
-    """The module with the CRC of one symbol of the kernel's flipped, or of all symbols."""
+def _flip(data: bytes, places: Iterable[int]) -> bytes:
+    """Bytes with a bit changed in some places."""
     edited = bytearray(data)
-    for name, at in _crcs(data):
-        if only_first and name == kmod.LAYOUT_SYMBOL:
-            continue
-        edited[at] ^= 0xFF
-        if only_first:
-            break
+    for place in places:
+        edited[place] ^= 1
     return bytes(edited)
 
 
-def _crcs(data: bytes) -> Iterator[tuple[str, int]]:
-    """Each symbol that a module imports by CRC, and where in the file that is: of the kernel's own symbols first."""
-    elf = ELFFile(io.BytesIO(data))
-    found: list[tuple[str, int]] = []
-    if section := elf.get_section_by_name("__versions"):
-        for at in range(0, section.data_size, 64):
-            name = section.data()[at + 8 : at + 64].partition(b"\0")[0].decode()
-            found.append((name, section["sh_offset"] + at))
-    elif (crcs := elf.get_section_by_name("__version_ext_crcs")) and (
-        names := elf.get_section_by_name("__version_ext_names")
-    ):
-        for number, name in enumerate(names.data().decode().split("\0")[: crcs.data_size // 4]):
-            found.append((name, crcs["sh_offset"] + 4 * number))
-    return iter(sorted(found, key=lambda each: each[0].startswith(("nv", "os_", "rm_"))))
-
-
-def _swap(data: bytes, old: bytes, new: bytes) -> bytes:
-    at = data.find(old, data.find(b"vermagic="))
-    if at < 0:
-        raise BuildError("control module", "has no flag to change", got="a vermagic without mod_unload")
-    return data[:at] + new + data[at + len(old) :]
+def _crcs(data: bytes) -> list[tuple[str, int]]:
+    """Each symbol that a module imports by CRC, and where in the file that is; nothing where it cannot be read."""
+    try:
+        elf = ELFFile(io.BytesIO(data))
+        versions, crcs, names = map(
+            elf.get_section_by_name, ("__versions", "__version_ext_crcs", "__version_ext_names")
+        )
+        if versions:
+            entries = versions.data()
+            return [
+                (entries[at + 8 : at + _ENTRY].partition(b"\0")[0].decode(), versions["sh_offset"] + at)
+                for at in range(0, len(entries), _ENTRY)
+            ]
+        if crcs and names:
+            named = names.data().decode().split("\0")
+            return [(named[number], crcs["sh_offset"] + 4 * number) for number in range(crcs.data_size // 4)]
+    except (ELFError, ValueError, IndexError):
+        pass
+    return []
 
 
 def write_initrd(target: Path, what: Session) -> int:
@@ -264,5 +300,3 @@ def write_initrd(target: Path, what: Session) -> int:
             add(name, 0o100755, data)
         add("TRAILER!!!", 0)
         return archive.tell()
-
-

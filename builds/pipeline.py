@@ -197,7 +197,7 @@ def push(run: Run, *, drop_builds: bool = False) -> Pushed:
             raise VerificationError(
                 f"cell {run.cell}", f"is not pushed: {error.subject} {error.fact}", got=error.got, hint=verify_it
             ) from error
-        made = pushing.admit(Record.read(run.out / RECORD), image, verify_it)
+        made = pushing.admit(Record.read(run.out / RECORD), image, verify_it, must_load=run.settings.must_load)
         if made.cell != run.cell:
             raise VerificationError(
                 f"cell {run.cell}", "is not pushed: its record is another cell's", got=str(made.cell), hint=verify_it
@@ -419,6 +419,7 @@ def hold(
         modules=modules,
         names=names,
         reference=reference,
+        kernels=run.settings.kernel_image,
     )
 
 

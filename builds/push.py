@@ -50,11 +50,12 @@ class Pushed:
         return asdict(self)
 
 
-def admit(record: Record, image: Image, verify_it: str) -> Plan:
+def admit(record: Record, image: Image, verify_it: str, *, must_load: bool = False) -> Plan:
     """The plan that an image was verified against, if a record lets it pass.
 
     The record must be about exactly this digest, say that every required check passed, and come from the checks that
-    are here, or from those of a newer version of this project. ``verify_it`` is the command that verifies the image.
+    are here, or from those of a newer version of this project; if ``must_load``, it must say that the modules were
+    loaded into their kernel. ``verify_it`` is the command that verifies the image.
     Raises VerificationError where it is not so.
     """
 
@@ -68,6 +69,8 @@ def admit(record: Record, image: Image, verify_it: str) -> Plan:
     if not record.passed:
         failing = [check.name for check in (*record.of(Outcome.FAILED), *record.missing)]
         raise refuse("its verification did not pass", ", ".join(failing[:3]) or "no check at all")
+    if must_load and (why := verify.not_loaded(record)):
+        raise refuse("nothing proves that its modules load, which LOAD_TEST demands", why)
     made_by, checks = record.made_by, record.tools["checks"]
     if checks != recipes.CHECKS and made_by <= Version(__version__):
         raise refuse("its record was made by other checks than these", f"those of {made_by}, {checks[:12]}")

@@ -25,9 +25,10 @@ MODULE_LAYER = recipe(HERE / "image.py", HERE / "paths.py", HERE / "model.py", l
 CHECKS = recipe(
     *sorted(path for path in (HERE.parent / "tests" / "image").glob("*") if path.suffix in (".py", ".ini")),
     *(HERE / f"{name}.py" for name in ("kernel", "kmod", "rootfs", "oci", "layers", "tars", "runfile", "manifest")),
-    *(HERE / f"{name}.py" for name in ("userspace", "components", "image")),
+    *(HERE / f"{name}.py" for name in ("userspace", "components", "image", "kernel_image", "loading", "machine")),
     *(HERE / f"{name}.py" for name in ("model", "paths", "plan", "cache", "emulation", "engine", "record", "verify")),
     *INSTALLER_PARTS,
+    *sorted(path for path in (HERE / "guest").iterdir() if path.is_file()),
 )
 """The checks of an image, and what they and their expectations are read with."""
 IMAGE = recipe(

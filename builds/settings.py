@@ -70,8 +70,8 @@ SETTINGS = (
         "kernel_image",
         "KERNEL_IMAGE",
         "",
-        "where kernels to load the modules into come from, beside kmodbuild images and their package source: a folder of "
-        "Debian packages `linux-image-*.deb`, one such package, or a kernel (`vmlinuz`)",
+        "where kernels to load the modules into come from, beside kmodbuild images and their package sources: a folder "
+        "of Debian packages `linux-image-*.deb`, one such package, or a kernel (`vmlinuz`)",
     ),
     Setting(
         "load_test",

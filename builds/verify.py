@@ -24,13 +24,13 @@ from typing import Any
 import requests
 from docker.errors import DockerException
 
-from . import __version__, kmod, oci, recipes
+from . import __version__, kmod, loading, machine, oci, recipes
 from . import compile as compiling
 from . import engine as engines
 from .cache import Cache, disk_errors, key_of, write_atomically
 from .console import Reporter, shorten
 from .engine import Engine
-from .errors import HarnessError, InfrastructureError, VerificationError
+from .errors import ConfigurationError, HarnessError, InfrastructureError, VerificationError
 from .image import Compiled
 from .model import ModuleType
 from .plan import Inputs, ModuleSet, Plan
@@ -40,7 +40,7 @@ PROJECT = Path(__file__).parent.parent
 SUITES = PROJECT / "tests" / "image"
 """The checks; they come with the project, not with the package."""
 
-GROUPS = ("modules", "driver-root", "installer", "layers", "config", "tags", "runtime")
+GROUPS = ("modules", "driver-root", "installer", "layers", "config", "tags", "runtime", "load")
 """What every verification must have checks of."""
 
 LOG = "verify.log"
@@ -92,6 +92,12 @@ class Subject:
     """Name of the image in the engine."""
     missing: str
     """Why a ``vermagic`` or ``loaded`` is missing."""
+    prepared: Mapping[str, tuple[Path, Path]]
+    """Folders of the kernel and of the guest's program, by module set, for the virtual machine."""
+    unprepared: Mapping[str, str]
+    """Why a module set can be loaded into no virtual machine."""
+    logs: Path
+    """Where a virtual machine's console goes."""
     groups: tuple[str, ...]
     """Groups of checks to run."""
     private: tuple[str, ...]
@@ -110,10 +116,11 @@ class Subject:
         values = {
             **document,
             "plan": Plan.from_json(document["plan"]),
-            **{name: Path(document[name]) for name in ("layout", "tree", "scratch")},
+            **{name: Path(document[name]) for name in ("layout", "tree", "scratch", "logs")},
             **{name: tuple(document[name]) for name in ("names", "base", "base_blobs", "groups", "private")},
             "components": {name: Path(path) for name, path in document["components"].items()},
             "symvers": {of: Path(path) for of, path in document["symvers"].items()},
+            "prepared": {of: (Path(one), Path(two)) for of, (one, two) in document["prepared"].items()},
             "modules": {
                 of: {ModuleType(name): Path(folder) for name, folder in folders.items()}
                 for of, folders in document["modules"].items()
@@ -142,14 +149,16 @@ def run(
     modules: Compiled | None = None,
     names: Sequence[str] | None = None,
     reference: str | None = None,
+    kernels: Path | None = None,
     groups: Sequence[str] = GROUPS,
 ) -> Record:
     """Hold an image against a plan; leaves ``record.json``, ``junit.xml`` and ``logs/verify.log`` in ``out``.
 
     ``modules`` are the folders of the plan's modules as far as they were compiled here. ``names`` are the full names
     under which the image was found; None: those that its layout gives it, and then all names of the plan must be
-    there. ``reference`` is what the user called the image. Without an engine the checks that run something are not
-    run, nor are those that are not in ``groups``; a check that was not run is no pass.
+    there. ``reference`` is what the user called the image, ``kernels`` where KERNEL_IMAGE has kernels. Without an
+    engine the checks that run something are not run, nor are those that are not in ``groups``; a check that was not
+    run is no pass, but for those that load modules: whether they are demanded is for a push to say.
     Raises, after the record is written, VerificationError where a check failed, and InfrastructureError where none
     failed but not all could be run.
     """
@@ -169,6 +178,17 @@ def run(
         else:
             vermagic[one.id] = empty.one("vermagic") or ""
     tree = compiling.driver_tree(plan, inputs, cache, report)
+    prepared: dict[str, tuple[Path, Path]] = {}
+    unprepared: dict[str, str] = {}
+    for one in plan.sets if "load" in groups else ():
+        try:
+            ready = loading.prepare(plan, one, inputs, kernels, engine=engine, cache=cache, report=report)
+        except ConfigurationError:
+            raise
+        except HarnessError as error:
+            unprepared[one.id] = str(error).replace("\n", "; ")
+        else:
+            prepared[one.id] = (ready.kernel.folder.absolute(), ready.guest.absolute())
     with _in_engine(engine, image, report, missing) as loaded, report.step("verify") as step:
         subject = Subject(
             layout=image.layout.absolute(),
@@ -186,6 +206,9 @@ def run(
             engine=engine.url if engine else None,
             loaded=loaded,
             missing="; ".join(missing),
+            prepared=prepared,
+            unprepared=unprepared,
+            logs=(out / "logs").absolute(),
             groups=tuple(groups),
             private=tuple(sorted({str(path.absolute()) for path in (PROJECT, cache.root, out, inputs.package.parent)})),
             scratch=(cache.root / "tmp").absolute(),
@@ -198,7 +221,7 @@ def run(
             cell=plan.cell.id,
             plan=plan.to_json(),
             checks=checks,
-            tools=_tools(engine),
+            tools=_tools(plan, engine),
             repeat=repeat,
             reference=reference,
         )
@@ -257,6 +280,13 @@ def reference_module(
     )
     folder, _ = cache.make("reference", key, build)
     return kmod.read_module("empty.ko", (folder / "empty.ko").read_bytes())
+
+
+def not_loaded(record: Record) -> str | None:
+    """Why a record does not prove that the image's modules load; None where it does."""
+    checks = [check for check in record.checks if check.group == "load"]
+    lacking = [check for check in checks if check.outcome is not Outcome.PASSED]
+    return lacking[0].message or lacking[0].name if lacking else None if checks else "none was tried"
 
 
 def _drop_stale(out: Path, digest: str) -> None:
@@ -442,7 +472,7 @@ def _environment(engine: Engine | None) -> dict[str, str]:
     return kept | ours
 
 
-def _tools(engine: Engine | None) -> dict[str, str]:
+def _tools(plan: Plan, engine: Engine | None) -> dict[str, str]:
     packages = {name: metadata.version(name) for name in ("pytest", "pytest-testinfra", "pyelftools")}
     return {
         "harness": __version__,
@@ -450,4 +480,5 @@ def _tools(engine: Engine | None) -> dict[str, str]:
         "python": platform.python_version(),
         **packages,
         "engine": engine.version if engine else "none",
+        "qemu": machine.version(plan.cell.arch) if machine.program(plan.cell.arch) else "none",
     }

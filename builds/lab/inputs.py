@@ -169,10 +169,10 @@ class _Part:
     def _is_there(self, cache: Cache, record: Mapping[str, Any]) -> bool:
         if isinstance(self.recipe, DriverRecipe):
             path = self.file(cache)
-            return path.is_file() and path.stat().st_size == record["size"]
+            return path.is_file() and bool(path.stat().st_size == record["size"])
         if isinstance(self.recipe, KernelRecipe):
-            path = kernels_root(cache.root) / record["output"]
-            return path.is_file() and path.stat().st_size == record["size"]
+            path = kernels_root(cache.root) / str(record["output"])
+            return path.is_file() and bool(path.stat().st_size == record["size"])
         layout, name = self.layout(cache)
         try:
             image = oci.find_image(layout, name, self.recipe.runs_on)

@@ -27,6 +27,7 @@ from builds.rootfs import open_rootfs
 from builds.verify import Subject
 
 from .evidence import UNREADABLE, Expected, Found
+from .guests import Guests
 from .inside import Inside, open_inside
 
 _PR_SET_PDEATHSIG = 1
@@ -83,6 +84,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     objects: dict[str, Any] = {
         "module": lambda: expected.modules,
         "module_type": lambda: expected.module_types,
+        "loads": lambda: expected.loads,
+        "control": lambda: expected.controls,
         "fact": lambda: expected.facts,
         "file": lambda: expected.files,
         "link": lambda: expected.links,
@@ -197,6 +200,12 @@ def inside(subject: Subject) -> Iterator[Inside]:
     """A container of the image, which does nothing but stand by."""
     with open_inside(subject) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def guests(found: Found) -> Guests:
+    """The virtual machines into whose kernels the image's modules are loaded, booted as they are asked for."""
+    return Guests(found)
 
 
 def _name(item: pytest.Item) -> tuple[str, str]:

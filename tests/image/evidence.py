@@ -20,6 +20,7 @@ from builds.cache import CHUNK
 from builds.components import COMPONENTS, Component
 from builds.errors import BuildError
 from builds.kmod import Elf, Export, Module
+from builds.loading import Control
 from builds.manifest import Placed
 from builds.model import MODULES, ModuleType
 from builds.plan import ModuleSet, Plan
@@ -99,6 +100,18 @@ class FactRef(InSet):
 
 
 @dataclass(frozen=True)
+class ControlRef(InSet):
+    """A module that the kernel must refuse."""
+
+    control: Control
+
+    @property
+    def inner(self) -> str:
+        """What is wrong with it."""
+        return self.control
+
+
+@dataclass(frozen=True)
 class InstallerPart:
     """One file of the installer: where it is in an image, and what it is."""
 
@@ -125,6 +138,21 @@ class Expected:
     def module_types(self) -> tuple[TypeRef, ...]:
         """Every type of each kernel build, whether it is built or not."""
         return tuple(TypeRef(one, kind) for one in self.plan.sets for kind in ModuleType)
+
+    @functools.cached_property
+    def loads(self) -> tuple[TypeRef, ...]:
+        """Every type that is built, for each kernel build."""
+        return tuple(one for one in self.module_types if one.type in one.set.modules)
+
+    @functools.cached_property
+    def controls(self) -> tuple[ControlRef, ...]:
+        """What each kernel build must refuse."""
+        return tuple(
+            ControlRef(one, control)
+            for one in self.plan.sets
+            for control in Control
+            if one.kernel.build.modversions or control is not Control.CRC
+        )
 
     @functools.cached_property
     def facts(self) -> tuple[FactRef, ...]:
