@@ -44,6 +44,8 @@ PATIENCE = 300.0
 
 _LOG_LEVEL = "loglevel=1"  # the kernel's log comes with the answers; what it says in its last moments comes anyway
 _MIB = 1 << 20
+_NO_GPU = "NVreg_RegistryDwords=RmAllowNoGpuInit=1"
+"""What lets nvidia.ko stay without a GPU on branches that do not count an NVSwitch; the newer ones pass over it."""
 _VERMAGIC, _FLAG = b"vermagic=", b" mod_unload "
 _ENTRY = 64  # bytes of an entry of __versions, as kmod reads it
 _MARK = "@@ "
@@ -176,7 +178,11 @@ def session(
         steps.append(Step(f"kernel/{name}", "load", f"/kernel/{name}.ko"))
     for number, (kind, of) in enumerate(sorted(modules.items())):
         files |= {f"{kind}/{name}.ko": data for name, data in of.items()}
-        loads = [Step(f"load/{kind}/{name}", "load", f"/{kind}/{name}.ko") for name in MODULES if name in of]
+        loads = [
+            Step(f"load/{kind}/{name}", "load", f"/{kind}/{name}.ko{' ' + _NO_GPU if name == LOADED[0] else ''}")
+            for name in MODULES
+            if name in of
+        ]
         if number == 0 and SPOILED in of:
             wrong = controls(of[SPOILED], modversions=modversions)
             files |= {f"{control.name}.ko": data for control, data in wrong.items()}
