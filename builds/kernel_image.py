@@ -28,7 +28,7 @@ from . import kmod, oci
 from .cache import Cache, file_sha256, key_of, recipe
 from .console import Reporter
 from .engine import Engine
-from .errors import BuildError, ConfigurationError, HarnessError, InfrastructureError
+from .errors import BuildError, ConfigurationError, InfrastructureError
 from .model import Arch, KernelBuild
 from .plan import Inputs, ModuleSet
 from .rootfs import open_rootfs
@@ -54,8 +54,6 @@ exit 1
 """Run in a kmodbuild container, with network: leaves the kernel's package in ``/out``."""
 _Fill = Callable[[Path], None]
 """Fills a folder with a kernel: ``vmlinuz``, and its own modules below ``modules/``."""
-_Keep = Callable[[str, Mapping[str, str], _Fill], "KernelImage"]
-"""Keeps what was filled in the cache, by where it came from, in words and in facts."""
 _UNREADABLE = (ArError, tarfile.TarError, lzma.LZMAError, zstandard.ZstdError, EOFError, OSError)
 
 
@@ -112,6 +110,33 @@ def depends(module: kmod.Module) -> list[str]:
     return [_name(name) for name in (module.one("depends") or "").split(",") if name]
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """A kernel build that is looked for, and where what is found of it is kept."""
+
+    build: KernelBuild
+    arch: Arch
+    cache: Cache
+
+    def __str__(self) -> str:
+        return f"kernel image of {self.build.release} ({self.build.package})"
+
+    def key(self, facts: Mapping[str, str]) -> str:
+        return key_of(**facts, release=self.build.release, recipe=_RECIPE)
+
+    def keep(self, source: str, facts: Mapping[str, str], fill: _Fill) -> KernelImage:
+        """What ``fill`` puts into a folder, or what it did for the same facts of where it comes from."""
+
+        def make(folder: Path) -> None:
+            (folder / "modules").mkdir()
+            fill(folder)
+            if not (folder / _IMAGE).is_file():
+                raise BuildError(str(self), f"the {source} has none", got=f"no boot/vmlinuz-{self.build.release}")
+            (folder / _SOURCE).write_text(source)
+
+        return KernelImage(self.cache.make("kernel-image", self.key(facts), make)[0])
+
+
 def find(
     of: ModuleSet,
     arch: Arch,
@@ -128,74 +153,69 @@ def find(
     Raises InfrastructureError, with the reason of each source, where none has it, and ConfigurationError where
     ``place`` is a file that is not this kernel's.
     """
-    build, kmodbuild = of.kernel.build, inputs.sets[of.id].kmodbuild
-    subject = f"kernel image of {build.release} ({build.package})"
-    reasons: list[str] = []
-
-    def keep(source: str, facts: Mapping[str, str], fill: _Fill) -> KernelImage:
-        def make(folder: Path) -> None:
-            (folder / "modules").mkdir()
-            fill(folder)
-            if not (folder / _IMAGE).is_file():
-                raise BuildError(subject, f"{source} has none", got=f"no boot/vmlinuz-{build.release}")
-            (folder / _SOURCE).write_text(source)
-
-        return KernelImage(cache.make("kernel-image", key_of(**facts, release=build.release, recipe=_RECIPE), make)[0])
-
-    if place is not None:
-        if place.is_file():
-            return _of_file(place, build, arch, keep)
-        package = _package_in(place, build, arch)
-        if package:
-            return keep(f"package {package.name}", {"sha256": file_sha256(package)}, _unpacks(package, build))
-        reasons.append(f"KERNEL_IMAGE has no package of it: {place}")
-    try:
-        return keep("kmodbuild image", {"image": kmodbuild.digest}, _takes_out_of(kmodbuild, build, cache))
-    except BuildError as error:
-        reasons.append(f"{error.fact}")
-    wanted = {"package": build.package, "arch": str(arch), "digest": build.digest}
-    names = [name.format(release=build.release) for name in _PACKAGES]
-    try:
-        if engine is None and not cache.find("kernel-image", key_of(**wanted, release=build.release, recipe=_RECIPE)):
-            raise InfrastructureError(subject, "asking its package source needs a container engine")
-        return keep(
-            "package source of the kmodbuild image",
-            wanted,
-            lambda folder: _fetch(names, build, arch, kmodbuild, folder, engine, report),
-        )
-    except HarnessError as error:
-        reasons.append(f"{error.fact}" + (f" ({error.got})" if error.got else ""))
+    wanted, kmodbuild = _Wanted(of.kernel.build, arch, cache), inputs.sets[of.id].kmodbuild
+    ways: tuple[Callable[[], KernelImage], ...] = (
+        lambda: _named(wanted, place),
+        lambda: wanted.keep("kmodbuild image", {"image": kmodbuild.digest}, _out_of_image(wanted, kmodbuild)),
+        lambda: _from_source(wanted, kmodbuild, engine, report),
+    )
+    reasons = []
+    for way in ways:
+        try:
+            return way()
+        except (BuildError, InfrastructureError) as error:
+            reasons.append(error.fact + (f" ({error.got})" if error.got else ""))
     raise InfrastructureError(
-        subject, "is not to be had", got="; ".join(reasons), hint="KERNEL_IMAGE=<file or folder> may name it"
+        str(wanted), "is not to be had", got="; ".join(reasons), hint="KERNEL_IMAGE=<file or folder> may name it"
     )
 
 
-def _of_file(place: Path, build: KernelBuild, arch: Arch, keep: _Keep) -> KernelImage:
-    """A file that the user names: a package, or the kernel alone."""
-    facts = {"sha256": file_sha256(place)}
-    if place.suffix != ".deb":
-        return keep(f"file {place.name}", facts, lambda folder: _write(folder / _IMAGE, place.read_bytes()))
-    if not _fits(place, build, arch):
+def _named(wanted: _Wanted, place: Path | None) -> KernelImage:
+    """What KERNEL_IMAGE names: a package, the kernel alone, or a folder that has its package."""
+    if place is None:
+        raise InfrastructureError(str(wanted), "KERNEL_IMAGE is not set")
+    if place.is_file() and place.suffix != ".deb":
+        facts = {"sha256": file_sha256(place)}
+        return wanted.keep(f"file {place.name}", facts, lambda folder: _write(folder / _IMAGE, place.read_bytes()))
+    if place.is_file() and not _fits(place, wanted):
         raise ConfigurationError(
-            f"KERNEL_IMAGE {place}",
-            f"is not the package of kernel {build.release} ({build.package}) for {arch}",
-            got=_title(place),
+            f"KERNEL_IMAGE {place}", f"is not the package of the {wanted} for {wanted.arch}", got=_title(place)
         )
-    return keep(f"package {place.name}", facts, _unpacks(place, build))
+    package = place if place.is_file() else _package_in(place, wanted)
+    if package is None:
+        raise InfrastructureError(str(wanted), "KERNEL_IMAGE has no package of it", got=str(place))
+    return wanted.keep(f"package {package.name}", {"sha256": file_sha256(package)}, _out_of_package(wanted, package))
 
 
-def _package_in(folder: Path, build: KernelBuild, arch: Arch) -> Path | None:
-    return next((path for path in sorted(folder.glob("linux-image-*.deb")) if _fits(path, build, arch)), None)
+def _from_source(wanted: _Wanted, kmodbuild: oci.Image, engine: Engine | None, report: Reporter) -> KernelImage:
+    """The package that the package source of a kmodbuild image has."""
+    facts = {"package": wanted.build.package, "arch": str(wanted.arch), "build": wanted.build.digest}
+
+    def fill(folder: Path) -> None:
+        if engine is None:
+            raise InfrastructureError(str(wanted), "asking its package source needs a container engine")
+        with report.step(f"fetch kernel image {wanted.build.package}"):
+            _fetch(wanted, kmodbuild, folder, engine, report)
+
+    return wanted.keep("package source of the kmodbuild image", facts, fill)
 
 
-def _fits(package: Path, build: KernelBuild, arch: Arch) -> bool:
+def _package_in(folder: Path, wanted: _Wanted) -> Path | None:
+    return next((path for path in sorted(folder.glob("linux-image-*.deb")) if _fits(path, wanted)), None)
+
+
+def _fits(package: Path, wanted: _Wanted) -> bool:
     """Whether a Debian package is that of a kernel build; by what it says itself, not by the name of its file."""
     try:
         said = DebFile(str(package)).debcontrol()
     except _UNREADABLE:
         return False
-    names = [name.format(release=build.release) for name in _PACKAGES]
-    return said.get("Package") in names and (said.get("Version"), said.get("Architecture")) == (build.package, arch)
+    right = said.get("Version") == wanted.build.package and said.get("Architecture") == wanted.arch
+    return right and said.get("Package") in _packages(wanted)
+
+
+def _packages(wanted: _Wanted) -> list[str]:
+    return [name.format(release=wanted.build.release) for name in _PACKAGES]
 
 
 def _title(package: Path) -> str:
@@ -206,14 +226,14 @@ def _title(package: Path) -> str:
     return f"{said.get('Package')} {said.get('Version')} {said.get('Architecture')}"
 
 
-def _unpacks(package: Path, build: KernelBuild) -> _Fill:
+def _out_of_package(wanted: _Wanted, package: Path) -> _Fill:
     """What fills a folder with the kernel out of its package."""
 
     def fill(folder: Path) -> None:
         try:
             with _members(package) as archive:
                 for member in archive:
-                    target = _target(posixpath.normpath(member.name), build.release, folder)
+                    target = _target(posixpath.normpath(member.name), wanted.build.release, folder)
                     if target and member.isfile():
                         content = archive.extractfile(member)
                         assert content
@@ -237,13 +257,13 @@ def _members(package: Path) -> Iterator[tarfile.TarFile]:
         yield deb.data.tgz()
 
 
-def _takes_out_of(image: oci.Image, build: KernelBuild, cache: Cache) -> _Fill:
+def _out_of_image(wanted: _Wanted, image: oci.Image) -> _Fill:
     """What fills a folder with the kernel out of a kmodbuild image, if that has it."""
 
     def fill(folder: Path) -> None:
-        with open_rootfs(image, cache.root / "tmp") as rootfs:
+        with open_rootfs(image, wanted.cache.root / "tmp") as rootfs:
             for path, node in rootfs.nodes.items():
-                target = _target(path, build.release, folder)
+                target = _target(path, wanted.build.release, folder)
                 if target and node.is_file:
                     _write(target, node.read())
 
@@ -263,35 +283,27 @@ def _write(target: Path, data: bytes) -> None:
     target.write_bytes(data)
 
 
-def _fetch(
-    names: list[str],
-    build: KernelBuild,
-    arch: Arch,
-    kmodbuild: oci.Image,
-    folder: Path,
-    engine: Engine | None,
-    report: Reporter,
-) -> None:
+def _fetch(wanted: _Wanted, kmodbuild: oci.Image, folder: Path, engine: Engine, report: Reporter) -> None:
     """Fill a folder with the kernel whose package the kmodbuild image's package source has."""
-    assert engine
-    environment = {"NAMES": " ".join(names), "VERSION": build.package, "ARCH": str(arch)}
+    environment = {
+        "NAMES": " ".join(_packages(wanted)),
+        "VERSION": wanted.build.package,
+        "ARCH": str(wanted.arch),
+    }
     name, log = compiling.load_kmodbuild(engine, kmodbuild, report), folder / "apt.log"
-    with (
-        report.step(f"fetch kernel image {build.package}"),
-        engines.container(engine, name, ["/bin/sh", "-c", _FETCH], environment=environment, network=True) as made,
-    ):
+    with engines.container(engine, name, ["/bin/sh", "-c", _FETCH], environment=environment, network=True) as made:
         status = engines.run(made, log)
         said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         if status == _NONE:
-            raise InfrastructureError(build.package, "its kmodbuild image has no apt to fetch it with")
+            raise InfrastructureError(str(wanted), "its kmodbuild image has no apt to fetch it with")
         if status:
             raise InfrastructureError(
-                build.package, "its package source does not have it", got=said[-1] if said else "no word"
+                str(wanted), "its package source does not have it", got=said[-1] if said else "no word"
             )
         engines.get_tree(made, _FOUND, folder)
     log.unlink()
     for package in folder.glob("*.deb"):
-        _unpacks(package, build)(folder)
+        _out_of_package(wanted, package)(folder)
         package.unlink()
 
 
