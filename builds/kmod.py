@@ -101,7 +101,7 @@ def is_elf(data: bytes) -> bool:
 
 def read_elf(name: str, data: bytes) -> Elf:
     """Read a program or library; ``name`` is what errors call it. Raises BuildError where it cannot be read."""
-    with _readable(name):
+    with readable(name):
         elf = ELFFile(io.BytesIO(data))
         interpreter, soname, needed = None, None, []
         segments: list[Any] = list(elf.iter_segments())
@@ -125,7 +125,7 @@ def read_module(name: str, data: bytes) -> Module:
     Raises BuildError where it cannot be read, or lacks what the kernel's loader cannot do without: the module's own
     structure, its modinfo, its symbol table. So nobody mistakes a stripped file for one that imports nothing.
     """
-    with _readable(name):
+    with readable(name):
         elf = ELFFile(io.BytesIO(data))
         names = [section.name for section in elf.iter_sections()]
         for section in (".gnu.linkonce.this_module", ".modinfo", ".symtab"):
@@ -211,7 +211,7 @@ class _Symbol:
 
 
 @contextmanager
-def _readable(name: str) -> Iterator[None]:
+def readable(name: str) -> Iterator[None]:
     """Turn whatever a damaged ELF file makes its reader stumble over into one error that names the file."""
     try:
         yield

@@ -12,19 +12,20 @@ from __future__ import annotations
 import enum
 import errno
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
 from . import compile as compiling
 from . import kernel_image, kmod, machine
-from .cache import Cache, key_of
+from .cache import Cache, disk_errors, key_of
 from .console import Reporter
 from .engine import Engine
-from .errors import InfrastructureError
+from .errors import BuildError, InfrastructureError
 from .kernel_image import KernelImage
 from .machine import Boot
 from .model import MODULES, Arch, ModuleType
@@ -42,7 +43,8 @@ SPOILED = MODULES[1]
 PATIENCE = 300.0
 """Seconds that a guest may take; it takes some ten."""
 
-_LOG_LEVEL = "loglevel=1"  # the kernel's log comes with the answers; what it says in its last moments comes anyway
+# The kernel's log comes with the answers; what it says in its last moments comes anyway, and begins with the time.
+_KERNEL_LOG = "loglevel=1 printk.time=1"
 _MIB = 1 << 20
 _NO_GPU = "NVreg_RegistryDwords=RmAllowNoGpuInit=1"
 """What lets nvidia.ko stay without a GPU on branches that do not count an NVSwitch; the newer ones pass over it."""
@@ -204,14 +206,15 @@ def boot(
     step: that proves nothing of the modules. Where it ends later, the steps that it did not come to have no answer.
     """
     archive = folder / "initrd"
-    size = write_initrd(archive, what)
+    with disk_errors("initial file system", folder):
+        size = write_initrd(archive, what)
     # Twice its size while it is unpacked, then the modules once more as they are loaded.
     memory = 512 + 3 * size // _MIB
     try:
-        ended = machine.run(arch, Boot(vmlinuz, archive, _LOG_LEVEL, memory), log, patience=patience)
+        ended = machine.run(arch, Boot(vmlinuz, archive, _KERNEL_LOG, memory), log, patience=patience)
     finally:
         archive.unlink()
-    answers = read(ended.console)
+    answers = read(ended.console, what.steps)
     if not answers or not ended.in_time:
         raise InfrastructureError(
             "virtual machine",
@@ -222,14 +225,28 @@ def boot(
     return answers
 
 
-def read(console: str) -> dict[str, Answer]:
-    """The answers on a console, by step."""
+def read(console: str, steps: Sequence[Step]) -> dict[str, Answer]:
+    """The answers on a console, by step; what it says besides, and lines that are not whole, are passed over.
+
+    An answer is the guest's own word: its line begins with the mark, where the kernel has the time, and ends where the
+    guest ended it. Raises InfrastructureError where the answers are not those to the steps, one by one.
+    """
     answers: dict[str, Answer] = {}
     told: dict[tuple[str, str], list[str]] = {}
-    for line in console.splitlines():
-        step, _, rest = line.partition(_MARK)[2].partition(" ")
+    order = iter(steps)
+    for line in console.split("\n"):
+        if not line.startswith(_MARK):
+            continue
+        step, _, rest = line.removeprefix(_MARK).partition(" ")
         what, _, words = rest.partition(" ")
-        if what == "status" and words.isdecimal():
+        if what == "status" and re.fullmatch("[0-9]+", words):
+            asked = next(order, None)
+            if asked is None or asked.id != step:
+                raise InfrastructureError(
+                    "virtual machine",
+                    f"answers {step}" if asked is None else f"answers {step} instead of {asked.id}",
+                    got=line,
+                )
             kernel, text = (tuple(told.get((step, part), ())) for part in ("kernel", "text"))
             answers[step] = Answer(int(words), kernel, text)
         elif words.strip():
@@ -257,13 +274,14 @@ def _flip(data: bytes, places: Iterable[int]) -> bytes:
     """Bytes with a bit changed in some places."""
     edited = bytearray(data)
     for place in places:
-        edited[place] ^= 1
+        if place < len(data):  # a damaged file may tell of bytes that it has not
+            edited[place] ^= 1
     return bytes(edited)
 
 
 def _crcs(data: bytes) -> list[tuple[str, int]]:
     """Each symbol that a module imports by CRC, and where in the file that is; nothing where it cannot be read."""
-    try:
+    with suppress(BuildError), kmod.readable("module"):
         elf = ELFFile(io.BytesIO(data))
         versions, crcs, names = map(
             elf.get_section_by_name, ("__versions", "__version_ext_crcs", "__version_ext_names")
@@ -277,8 +295,6 @@ def _crcs(data: bytes) -> list[tuple[str, int]]:
         if crcs and names:
             named = names.data().decode().split("\0")
             return [(named[number], crcs["sh_offset"] + 4 * number) for number in range(crcs.data_size // 4)]
-    except (ELFError, ValueError, IndexError):
-        pass
     return []
 
 

@@ -83,6 +83,12 @@ static void put(char c)
 	line[filled++] = c;
 }
 
+/* Put what others wrote: nothing in it may end our line. */
+static void quote(unsigned char c)
+{
+	put(c < ' ' || c == 127 ? '?' : c);
+}
+
 static void say(const char *words)
 {
 	while (*words)
@@ -140,7 +146,7 @@ static void tell_log(const char *which)
 			at++;
 		begin(which, "kernel");
 		for (at += *at == ';'; *at && *at != '\n'; at++)
-			put(*at);
+			quote(*at);
 		end();
 	}
 }
@@ -170,7 +176,7 @@ static long tell_file(const char *which, const char *path)
 	while (size > 0 && *at) {
 		begin(which, "text");
 		for (; *at && *at != '\n'; at++)
-			put(*at);
+			quote(*at);
 		at += *at == '\n';
 		end();
 	}
