@@ -11,6 +11,8 @@ import lzma
 import posixpath
 import re
 import tarfile
+import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +22,13 @@ from typing import Any
 
 import zstandard
 from debian.arfile import ArError
+from debian.deb822 import Deb822
 from debian.debfile import DebFile
 
 from . import compile as compiling
 from . import engine as engines
 from . import kmod, oci
-from .cache import Cache, file_sha256, key_of, recipe
+from .cache import CHUNK, Cache, file_sha256, key_of, recipe
 from .console import Reporter
 from .engine import Engine
 from .errors import BuildError, ConfigurationError, InfrastructureError
@@ -45,7 +48,7 @@ command -v apt-get >/dev/null || exit {_NONE}
 mkdir {_FOUND} && cd {_FOUND} || exit
 [ "$(dpkg --print-architecture)" = "$ARCH" ] || dpkg --add-architecture "$ARCH"
 set -- -qq -o APT::Sandbox::User=root -o Acquire::Retries=1 -o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20
-apt-get "$@" update || exit
+apt-get "$@" update || exit 1
 for name in $NAMES; do
     ! apt-get "$@" download "$name:$ARCH=$VERSION" || exit 0
 done
@@ -54,7 +57,11 @@ exit 1
 """Run in a kmodbuild container, with network: leaves the kernel's package in ``/out``."""
 _Fill = Callable[[Path], None]
 """Fills a folder with a kernel: ``vmlinuz``, and its own modules below ``modules/``."""
-_UNREADABLE = (ArError, tarfile.TarError, lzma.LZMAError, zstandard.ZstdError, EOFError, OSError)
+_UNREADABLE = (
+    *(ArError, tarfile.TarError, lzma.LZMAError, zlib.error, zstandard.ZstdError),
+    *(EOFError, OSError, ValueError, KeyError),
+)
+"""What a damaged package makes its readers raise."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +97,13 @@ class KernelImage:
         cannot be read.
         """
         done: dict[str, bytes] = {}
+        begun: set[str] = set()
 
         def add(name: str) -> None:
             path = self._files.get(name)
-            if path is None or name in done:
+            if path is None or name in begun:
                 return
+            begun.add(name)
             data = _uncompressed(path)
             for needed in depends(kmod.read_module(path.name, data)):
                 add(needed)
@@ -207,7 +216,7 @@ def _package_in(folder: Path, wanted: _Wanted) -> Path | None:
 def _fits(package: Path, wanted: _Wanted) -> bool:
     """Whether a Debian package is that of a kernel build; by what it says itself, not by the name of its file."""
     try:
-        said = DebFile(str(package)).debcontrol()
+        said = _control(package)
     except _UNREADABLE:
         return False
     right = said.get("Version") == wanted.build.package and said.get("Architecture") == wanted.arch
@@ -220,7 +229,7 @@ def _packages(wanted: _Wanted) -> list[str]:
 
 def _title(package: Path) -> str:
     try:
-        said = DebFile(str(package)).debcontrol()
+        said = _control(package)
     except _UNREADABLE as error:
         return f"no readable package: {error}"
     return f"{said.get('Package')} {said.get('Version')} {said.get('Architecture')}"
@@ -231,7 +240,7 @@ def _out_of_package(wanted: _Wanted, package: Path) -> _Fill:
 
     def fill(folder: Path) -> None:
         try:
-            with _members(package) as archive:
+            with _part(package, "data") as archive:
                 for member in archive:
                     target = _target(posixpath.normpath(member.name), wanted.build.release, folder)
                     if target and member.isfile():
@@ -239,22 +248,41 @@ def _out_of_package(wanted: _Wanted, package: Path) -> _Fill:
                         assert content
                         _write(target, content.read())
         except _UNREADABLE as error:
+            if isinstance(error, OSError) and error.errno:  # the disk's, and no fault of the package
+                raise
             raise BuildError(f"package {package.name}", "cannot be read", got=str(error)) from error
 
     return fill
 
 
 @contextmanager
-def _members(package: Path) -> Iterator[tarfile.TarFile]:
-    """The files of a Debian package."""
+def _part(package: Path, name: str) -> Iterator[tarfile.TarFile]:
+    """The files of one part of a Debian package: ``control`` or ``data``."""
     deb = DebFile(str(package))
-    if "data.tar.zst" in deb.getnames():  # for which the library would run a command that need not be there
-        member: Any = deb.getmember("data.tar.zst")
-        stream = zstandard.ZstdDecompressor().stream_reader(member)
-        with tarfile.open(fileobj=stream, mode="r|") as archive:
+    packed = f"{name}.tar.zst"
+    if packed not in deb.getnames():
+        yield getattr(deb, name).tgz()
+        return
+    # The library would run a command, which need not be there; and a reader of streams takes any end for the end.
+    member: Any = deb.getmember(packed)
+    stream = zstandard.ZstdDecompressor().decompressobj()
+    with tempfile.TemporaryFile() as file:
+        while chunk := member.read(CHUNK):
+            file.write(stream.decompress(chunk))
+        if not stream.eof:
+            raise EOFError(f"{packed} has no end")
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r:") as archive:
             yield archive
-    else:
-        yield deb.data.tgz()
+
+
+def _control(package: Path) -> Mapping[str, str]:
+    """What a Debian package says of itself."""
+    with _part(package, "control") as archive:
+        for member in archive:
+            if posixpath.normpath(member.name) == "control" and (content := archive.extractfile(member)):
+                return Deb822(content.read())
+    raise EOFError("it has no control file")
 
 
 def _out_of_image(wanted: _Wanted, image: oci.Image) -> _Fill:
@@ -316,7 +344,11 @@ def _uncompressed(path: Path) -> bytes:
         if path.suffix == ".gz":
             return gzip.decompress(data)
         if path.suffix == ".zst":
-            return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+            stream = zstandard.ZstdDecompressor().decompressobj()
+            plain = stream.decompress(data)
+            if not stream.eof:
+                raise EOFError("it has no end")
+            return plain
     except _UNREADABLE as error:
         raise BuildError(f"kernel module {path.name}", "cannot be uncompressed", got=str(error)) from error
     return data
