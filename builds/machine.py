@@ -99,10 +99,11 @@ def run(
     words = command(arch, boot, _program(arch))
     log.parent.mkdir(parents=True, exist_ok=True)
     began, late, lines = time.monotonic(), threading.Event(), []
-    with (
-        log.open("w", encoding="utf-8") as file,
-        subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process,
-    ):
+    try:
+        started = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    except OSError as error:
+        raise InfrastructureError("virtual machine", f"{words[0]} does not start", got=str(error)) from error
+    with started as process, log.open("w", encoding="utf-8") as file:
         assert process.stdout
 
         def end() -> None:

@@ -68,9 +68,12 @@ class Guests:
                 got=" ".join(said)[:200],
                 hint=f"it came from: {kernel.source}",
             )
-        if answers["nvswitch"].errno:
+        own = answers.get("nvswitch")
+        if own is None or own.errno:
             raise InfrastructureError(
-                "virtual machine", "the guest's own module does not load", got="; ".join(answers["nvswitch"].kernel)
+                "virtual machine",
+                "the guest's own module does not load",
+                got="; ".join(own.kernel) if own else "no answer",
             )
         return answers
 
