@@ -258,22 +258,23 @@ def _out_of_package(wanted: _Wanted, package: Path) -> _Fill:
 @contextmanager
 def _part(package: Path, name: str) -> Iterator[tarfile.TarFile]:
     """The files of one part of a Debian package: ``control`` or ``data``."""
-    deb = DebFile(str(package))
     packed = f"{name}.tar.zst"
-    if packed not in deb.getnames():
-        yield getattr(deb, name).tgz()
-        return
-    # The library would run a command, which need not be there; and a reader of streams takes any end for the end.
-    member: Any = deb.getmember(packed)
-    stream = zstandard.ZstdDecompressor().decompressobj()
-    with tempfile.TemporaryFile() as file:
-        while chunk := member.read(CHUNK):
-            file.write(stream.decompress(chunk))
-        if not stream.eof:
-            raise EOFError(f"{packed} has no end")
-        file.seek(0)
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            yield archive
+    with package.open("rb") as stream:
+        deb: Any = DebFile(fileobj=stream)
+        if packed not in deb.getnames():
+            with getattr(deb, name).tgz() as archive:
+                yield archive
+            return
+        # The library would run a command, which need not be there; and a reader of streams takes any end for the end.
+        member, frame = deb.getmember(packed), zstandard.ZstdDecompressor().decompressobj()
+        with tempfile.TemporaryFile() as file:
+            while chunk := member.read(CHUNK):
+                file.write(frame.decompress(chunk))
+            if not frame.eof:
+                raise EOFError(f"{packed} has no end")
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                yield archive
 
 
 def _control(package: Path) -> Mapping[str, str]:
