@@ -216,7 +216,7 @@ def _make(part: _Part, archives: Sequence[Archive], cache: Cache, report: Report
                 images.build(part.recipe, contents, pool, folder, log, advance)
         elif isinstance(part.recipe, KernelRecipe):
             for one in contents.packages:
-                (folder / f"{one.name}_{one.version}_{one.arch}.deb").hardlink_to(pool / file_name(one))
+                _link(pool / file_name(one), folder / f"{one.name}_{one.version}_{one.arch}.deb")
         else:
             driver.build(part.recipe, contents.packages, pool, folder, report)
 
