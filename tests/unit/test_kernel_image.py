@@ -215,23 +215,24 @@ def test_what_is_no_package_is_refused_in_words(damage: str, bare: Place, tmp_pa
         bare.find(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("pack", "left"),
-    [
-        *((pack, left) for pack in PACKED for left in (0.2, 0.5, 0.9)),
-        *((pack, 0.999) for pack in PACKED if pack != "plain"),  # whose last bytes are zeros that nobody misses
-    ],
-)
-def test_a_package_cut_short_gives_no_kernel(pack: str, left: float, bare: Place, tmp_path: Path) -> None:
-    """Not even one with fewer modules: what they lack would be held against the driver."""
-    noise = bytes(range(256)) * 64 + b"".join(bytes([a ^ b, a]) for a in range(256) for b in range(64))
+@pytest.mark.parametrize("pack", PACKED)
+@pytest.mark.parametrize("left", [0.2, 0.5, 0.9, 0.99, 0.999])
+def test_a_package_cut_short_gives_no_kernel_with_fewer_modules(
+    pack: str, left: float, bare: Place, tmp_path: Path
+) -> None:
+    """What a kernel lacks would be held against the driver. Where nothing but padding was cut off, it is whole."""
+    noise = b"".join(bytes([a ^ b, a * b & 255]) for a in range(256) for b in range(64))
     modules = {f"./lib/modules/{RELEASE}/kernel/{number}.ko": noise for number in range(3)}
     package = deb(tmp_path / "x.deb", {**TREE, **modules}, pack=pack)
     data = package.read_bytes()
     begin = data.index(b"data.tar") + 60
     package.write_bytes(data[: begin + int((len(data) - begin) * left)])
-    with pytest.raises((InfrastructureError, ConfigurationError)):
-        bare.find(package)
+    try:
+        found = bare.find(package)
+    except (InfrastructureError, ConfigurationError):
+        return
+    assert left > 0.9
+    assert [(found.modules / "kernel" / f"{number}.ko").read_bytes() for number in range(3)] == [noise] * 3
 
 
 def test_a_folder_where_a_file_should_be_in_the_package_is_no_kernel(bare: Place, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from builds import emulation, lab, layers, oci, runfile
+from builds import emulation, lab, layers, matrix, oci, runfile
 from builds.cache import Cache
 from builds.console import Reporter
 from builds.errors import BuildError, ConfigurationError, InfrastructureError
@@ -22,7 +22,7 @@ from builds.lab import apt, commands, driver, images, inputs, package, recipes
 from builds.lab.apt import Package
 from builds.lab.package import Form, Line, Payload
 from builds.lab.recipes import Rule
-from builds.model import Arch, Cell
+from builds.model import Arch, Cell, Flavor
 
 CELL = Cell.parse("550.163.01-debian12-amd64-cloud")
 BASES = [("debian13", Arch.AMD64)]
@@ -97,6 +97,28 @@ def test_a_backported_kernel_alone_comes_from_the_backports(gl: str, suites: tup
         assert recipe.suites == suites
         from_elsewhere = {name for name in (*recipe.packages, *recipe.headers) if "/" in name}
         assert all(name.startswith("linux-headers-") for name in from_elsewhere)
+
+
+CELLS = matrix.select({"GL_VERSION": "lab", "DRIVER_VERSION": "all", "TARGET_ARCH": "all", "KERNEL_FLAVOR": "all"})
+
+
+@pytest.mark.parametrize("of", sorted({(cell.gl, cell.arch, cell.flavor) for cell in CELLS}), ids="-".join)
+def test_every_kernel_of_the_lab_is_a_package_of_its_own_or_comes_with_the_headers(
+    of: tuple[str, Arch, Flavor],
+) -> None:
+    """Debian's headers bring it from trixie on, if they are not unpacked without what they depend on."""
+    gl, arch, flavor = of
+    recipe, kmodbuild = recipes.kernel(gl, arch, flavor), recipes.image("kmodbuild", gl, arch)
+    if recipe is None:
+        assert gl.startswith("debian13")
+        assert not kmodbuild.headers
+        return
+    name, _, suite = recipe.package.partition("/")
+    assert name == f"linux-image-{'cloud-' if flavor is Flavor.CLOUD else ''}{arch}"
+    headers = {one for one in (*kmodbuild.packages, *kmodbuild.headers) if one.startswith("linux-headers-")}
+    assert recipe.package.replace("-image-", "-headers-") in headers, "headers and kernel are of one suite"
+    assert recipe.suites == kmodbuild.suites
+    assert bool(suite) is (".bpo" in gl)
 
 
 def test_the_base_has_the_tools_of_the_installer() -> None:
@@ -459,7 +481,7 @@ class _Made:
         monkeypatch.setattr(apt.Archive, "update", self.update)
         monkeypatch.setattr(apt.Archive, "closure", lambda _, names: self.packages(names))
         monkeypatch.setattr(apt.Archive, "named", lambda _, names: self.packages(names))
-        monkeypatch.setattr(apt.Archive, "download", lambda *_: None)
+        monkeypatch.setattr(apt.Archive, "download", self.download)
         monkeypatch.setattr(images, "build", self.image)
         monkeypatch.setattr(driver, "build", self.driver)
 
@@ -468,7 +490,15 @@ class _Made:
             raise InfrastructureError("Debian's archive", "apt-get failed", hint="is the network up")
 
     def packages(self, names: Iterable[str]) -> tuple[Package, ...]:
-        return tuple(deb(name, self.version) for name in names)
+        packages = [deb(name, self.version) for name in names]
+        if kernels := [name for name in names if name.startswith("linux-image-")]:
+            packages += [deb(f"linux-image-6.1.0-{len(kernels)}-amd64", self.version), deb("linux-base", "4.9")]
+        return tuple(packages)
+
+    def download(self, packages: Iterable[Package], pool: Path, *__: object) -> None:
+        pool.mkdir(parents=True, exist_ok=True)
+        for one in packages:
+            (pool / apt.file_name(one)).write_text(one.name)
 
     def image(self, _: object, __: object, ___: object, folder: Path, *____: object) -> None:
         self.built += 1
@@ -481,6 +511,9 @@ class _Made:
         (folder / driver.package_name(recipe)).write_text(self.version)
 
 
+KERNEL = "linux-image-6.1.0-1-amd64_550.163.01-1_amd64.deb"
+
+
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> _Made:
     """A lab whose archive and tools only pretend."""
@@ -489,12 +522,14 @@ def made(monkeypatch: pytest.MonkeyPatch) -> _Made:
 
 def test_inputs_are_put_where_the_pipeline_looks_for_them(made: _Made, tmp_path: Path) -> None:
     cache = Cache(tmp_path)
-    assert len(lab.missing([CELL], BASES, cache)) == 3
+    assert len(lab.missing([CELL], BASES, cache)) == 4
     lab.make([CELL], BASES, cache, Reporter())
     assert lab.missing([CELL], BASES, cache) == ()
     oci.find_image(lab.images_root(tmp_path) / "kmodbuild", "amd64-debian12", Arch.AMD64)
     oci.find_image(lab.images_root(tmp_path), "debian13", Arch.AMD64)
     assert (lab.packages_root(tmp_path) / "550.163.01" / "NVIDIA-Linux-x86_64-550.163.01.run").is_file()
+    (kernel,) = lab.kernels_root(tmp_path).iterdir()
+    assert (kernel.name, kernel.read_text()) == (KERNEL, "linux-image-6.1.0-1-amd64")
 
 
 def test_inputs_are_made_again_only_when_something_changed(made: _Made, tmp_path: Path) -> None:
@@ -502,15 +537,23 @@ def test_inputs_are_made_again_only_when_something_changed(made: _Made, tmp_path
     lab.make([CELL], BASES, cache, report)
     lab.make([CELL, CELL], BASES, cache, report)
     assert made.built == 3
-    assert [step.outcome for step in report.steps][-3:] == ["up to date"] * 3
+    assert [step.outcome for step in report.steps][-4:] == ["up to date"] * 4
     made.version = "550.163.01-2"
     lab.make([CELL], BASES, cache, report)
     assert made.built == 6
-    assert len([path for path in (tmp_path / "lab" / "parts").iterdir() if path.is_dir()]) == 3
+    assert len([path for path in (tmp_path / "lab" / "parts").iterdir() if path.is_dir()]) == 4
+    assert [path.name for path in lab.kernels_root(tmp_path).iterdir()] == [KERNEL.replace("-1_", "-2_")]
     assert lab.missing([CELL], BASES, cache) == ()
 
 
-@pytest.mark.parametrize("lost", ["lab/driver/550.163.01/NVIDIA-Linux-x86_64-550.163.01.run", "lab/images/index.json"])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "lab/driver/550.163.01/NVIDIA-Linux-x86_64-550.163.01.run",
+        "lab/images/index.json",
+        "lab/kernels/linux-image-6.1.0-1-amd64_550.163.01-1_amd64.deb",
+    ],
+)
 def test_a_lost_output_is_missing_and_comes_back_from_the_cache(made: _Made, tmp_path: Path, lost: str) -> None:
     cache = Cache(tmp_path)
     lab.make([CELL], BASES, cache, Reporter())

@@ -196,7 +196,7 @@ def test_all_problems_are_reported_in_one_go(tmp_path: Path) -> None:
         "  line 45: gvisor.57O: is not a driver branch, such as 570, got '57O'",
         "  line 46: gvisor.590: is not one of the drivers: 590.48.01",
         "  line 49: settings.PACKAGE_SHA: is not a known key; known: GL_REGISTRY, NVIDIA_BASE_URL, "
-        "NVIDIA_REDIST_URL, PACKAGE_SHA256, IMAGE_PATH; did you mean PACKAGE_SHA256?",
+        "NVIDIA_REDIST_URL, KERNEL_IMAGE, LOAD_TEST, PACKAGE_SHA256, IMAGE_PATH; did you mean PACKAGE_SHA256?",
         "hint: the rules are in builds/schema/matrix.json",
     ]
 

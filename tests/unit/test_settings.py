@@ -27,6 +27,20 @@ def test_a_matrix_file_may_speak_of_the_cache() -> None:
     assert settings.gl_registry == "oci:/somewhere/images"
 
 
+def test_kernels_may_be_in_the_cache_or_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve(environ={}).kernel_image is None
+    assert resolve({"KERNEL_IMAGE": "{cache}/kernels"}, environ={"CACHE_DIR": "/c"}).kernel_image == Path("/c/kernels")
+    assert resolve(environ={"KERNEL_IMAGE": "my/vmlinuz"}).kernel_image == tmp_path / "my/vmlinuz"
+
+
+def test_whether_modules_must_load_is_said_by_file_environment_or_option() -> None:
+    assert not resolve(environ={}).must_load
+    assert resolve({"LOAD_TEST": "required"}, environ={}).must_load
+    assert not resolve({"LOAD_TEST": "required"}, environ={"LOAD_TEST": "optional"}).must_load
+    assert resolve({}, {"load_test": "required"}, {"LOAD_TEST": "optional"}).must_load
+
+
 def test_folders_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert resolve(environ={"OUT_DIR": "here"}).out_dir == tmp_path / "here"
@@ -49,6 +63,9 @@ def test_every_setting_is_in_the_readme() -> None:
         ("IMAGE_PATH", "Foo/Bar"),
         ("IMAGE_PATH", "ghcr.io/a:tag"),
         ("IMAGE_PATH", "ghcr.io/a b"),
+        ("LOAD_TEST", "yes"),
+        ("LOAD_TEST", "Required"),
+        ("KERNEL_IMAGE", "~nobody-of-this-name/vmlinuz"),
         ("CACHE_DIR", "~nobody-of-this-name/cache"),
         ("CACHE_DIR", "out/cache"),
     ],

@@ -207,6 +207,36 @@ def test_a_check_that_is_not_required_may_be_not_run_but_not_failed() -> None:
     assert [child.tag for child in suite.iter("skipped")] == ["skipped"]
 
 
+def loaded(*outcomes: Outcome, message: str = "") -> Record:
+    """A record with checks that load modules, one for each outcome."""
+    checks = [
+        CheckResult("load.modules", f"module {number}", outcome, 1, 1, message, 0.5, required=False)
+        for number, outcome in enumerate(outcomes)
+    ]
+    return record(result("modules.crcs"), *checks)
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        (loaded(), "none was tried"),
+        (loaded(Outcome.PASSED), None),
+        (loaded(Outcome.PASSED, Outcome.PASSED), None),
+        (loaded(Outcome.PASSED, Outcome.NOT_RUN, message="no QEMU"), "no QEMU"),
+        (loaded(Outcome.NOT_RUN, Outcome.PASSED), "load.modules[module 0]"),
+        (loaded(Outcome.PASSED, Outcome.FAILED, message="refused"), "refused"),
+        (record(result("loader.modules")), "none was tried"),
+    ],
+)
+def test_modules_were_loaded_if_every_check_that_loads_them_passed(made: Record, why: str | None) -> None:
+    assert verify.not_loaded(made) == why
+
+
+def test_a_verification_passes_without_a_machine_to_load_modules_in() -> None:
+    assert loaded(Outcome.NOT_RUN).passed
+    assert not loaded(Outcome.FAILED).passed
+
+
 def test_a_pass_that_found_something_else_is_no_record() -> None:
     document = json.loads(json.dumps(record(result("a.b")).to_json()))
     document["checks"][0]["found"] = 2
