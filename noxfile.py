@@ -26,6 +26,9 @@ SCRIPTS = (
     "builds/guest/compile.sh",
     "builds/installer/nvidia-driver",
     *map(str, Path("builds/installer").glob("*.sh")),
+    "tests/node/guest/init",
+    "tests/node/guest/nvidia-smi",
+    *map(str, Path("tests/node/guest").glob("*.sh")),
     ".ci/run",
 )
 nox.options.default_venv_backend = "none"
@@ -144,6 +147,14 @@ def verify(session: nox.Session, cell: str) -> None:
         _builds(session, "verify", *([cell] if NAMED else []))
 
 
+@nox.session(default=False)
+@per_cell
+def node(session: nox.Session, cell: str) -> None:
+    """Run a cell's image on a node, a virtual machine, as the GPU Operator runs it; two minutes."""
+    command = (sys.executable, "-m", "pytest", "tests/node/test_node.py", "-s", *session.posargs)
+    session.run(*command, env={"NODE_CELL": cell}, external=True)
+
+
 @nox.session(name="lab-matrix", default=False)
 def lab_matrix(session: nox.Session) -> None:
     """Build and verify the lab's representative cells, and prove its rules; 40 minutes. -- CELL… for others."""
@@ -204,7 +215,8 @@ def test(session: nox.Session) -> None:
     # A file's tests share what they build; of two files at once, one waits for processes while the other computes.
     workers = ("-n", "2", "--dist", "loadfile")
     session.run(
-        *(sys.executable, "-m", "pytest", *workers, "tests/unit", "tests/integration", *session.posargs), external=True
+        *(sys.executable, "-m", "pytest", *workers, "tests/unit", "tests/integration", "tests/node", *session.posargs),
+        external=True,
     )
 
 

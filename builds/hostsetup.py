@@ -41,6 +41,7 @@ NEEDS = (
     Need("mmdebstrap", ("mmdebstrap", "debian-archive-keyring"), "the lab's images"),
     Need("setpriv", ("util-linux",), "children that end with their parent"),
     Need("dpkg-deb", ("dpkg",), "the lab's driver package"),
+    Need("mkfs.ext4", ("e2fsprogs",), "the disk of a node"),
 )
 ENGINE = Need("dockerd", ("docker.io", "iptables", "ca-certificates"), "a container engine")
 MACHINES = {
