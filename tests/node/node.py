@@ -38,7 +38,7 @@ LAYERS = "layers"
 
 _RELEASE = "debian12"  # of the node's programs; its kernel is the cell's
 _PROGRAMS = ("busybox-static", "crun", "kmod", "mount", "procps", "iproute2")
-_TO_BOOT = ("nvme", "ext4")
+_TO_BOOT = ("nvme", "crc32c_generic", "ext4")  # of which the last asks for the second, but not by name
 _TO_RUN = ("overlay",)
 _MEMORY = 3072  # MiB: the classic way unpacks archives into it
 _PATIENCE = 900.0  # seconds for all steps; they take some 60

@@ -48,7 +48,7 @@ has_ended() {
 
 # Whether the pod says so: not one that was killed before it.
 is_ready() {
-    [ "$STATUS" -nt "/pods/$1/started" ] && [ "$(cat "$STATUS")" = Ready ]
+    [ "$STATUS" -nt "/pods/$1/started" ] && [ "$(cat "$STATUS" 2>/dev/null)" = Ready ]
 }
 
 is_ready_or_has_ended() {
