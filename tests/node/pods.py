@@ -38,17 +38,32 @@ def environment(kind: ModuleType | None) -> dict[str, str]:
     }
 
 
-def spec(image: Image, pod: str, set_: Mapping[str, str], *, arguments: Sequence[str] = ("init",)) -> dict[str, Any]:
+def driver(image: Image, pod: str, kind: ModuleType | None) -> dict[str, Any]:
+    """The driver's container (rows 5, 10, 11); ``kind`` None is the operator's default, ``auto``."""
+    return _spec(image, pod, ("nvidia-driver", "init"), environment(kind), _mounts(), "rshared")
+
+
+def onlooker(image: Image, pod: str) -> dict[str, Any]:
+    """A container that looks at what the driver's lends the node, as the container toolkit's does.
+
+    It has the host's /run/nvidia with HostToContainer propagation, and may be there before the driver.
+    """
+    return _spec(image, pod, ("sleep", "infinity"), {}, [_bind("/run/nvidia", "rslave")], "rslave")
+
+
+def _spec(
+    image: Image, pod: str, command: Sequence[str], env: Mapping[str, str], mounts: Sequence[Any], propagation: str
+) -> dict[str, Any]:
     """The runtime's configuration of a pod's one container (OCI runtime specification 1.0): privileged, host PID.
 
-    Its root is ``rootfs`` in the pod's folder; ``set_`` is the environment besides the image's own.
+    Its root is ``rootfs`` in the pod's folder, its environment the image's own and ``env``.
     """
     own: Sequence[str] = image.config["config"]["Env"]
     return {
         "ociVersion": "1.0.2",
         "process": {
-            "args": ["nvidia-driver", *arguments],  # row 5: by its name alone
-            "env": [*own, *(f"{name}={value}" for name, value in set_.items())],
+            "args": list(command),
+            "env": [*own, *(f"{name}={value}" for name, value in env.items())],
             "cwd": "/",
             "user": {"uid": 0, "gid": 0},
             "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), _PRIVILEGED),
@@ -56,12 +71,12 @@ def spec(image: Image, pod: str, set_: Mapping[str, str], *, arguments: Sequence
         },
         "root": {"path": "rootfs"},
         "hostname": "driver",
-        "mounts": [*_OWN, *_mounts()],
+        "mounts": [*_OWN, *mounts],
         "linux": {
             "namespaces": [{"type": name} for name in ("ipc", "uts", "mount", "network", "cgroup")],  # PID: the host's
             "cgroupsPath": f"/kubepods/{pod}",
             "resources": {"devices": [{"allow": True, "access": "rwm"}]},
-            "rootfsPropagation": "rshared",  # containerd's, where any mount is Bidirectional
+            "rootfsPropagation": propagation,  # as containerd sets it by that of the mounts
         },
     }
 
@@ -77,27 +92,28 @@ _OWN = (
 """What every privileged container has."""
 
 
-def _mounts() -> list[dict[str, Any]]:
-    def bind(path: str, *options: str, source: str = "") -> dict[str, Any]:
-        options = ("rbind", *(options or ("rprivate",)))
-        return {"destination": path, "type": "bind", "source": source or path, "options": list(options)}
+def _bind(path: str, *options: str, source: str = "") -> dict[str, Any]:
+    options = ("rbind", *(options or ("rprivate",)))
+    return {"destination": path, "type": "bind", "source": source or path, "options": list(options)}
 
+
+def _mounts() -> list[dict[str, Any]]:
     return [
         # row 11
-        bind("/run/nvidia", "rshared"),
-        bind("/run/nvidia-fabricmanager"),
-        bind("/run/nvidia-topologyd"),
-        bind("/var/log"),
-        bind("/dev/log"),
-        bind("/host-etc/os-release", "rprivate", "ro", source="/etc/os-release"),
-        bind("/run/mellanox/drivers", "rslave"),
-        bind("/sys/devices/system"),
-        bind("/sys/module/firmware_class/parameters/path"),
+        _bind("/run/nvidia", "rshared"),
+        _bind("/run/nvidia-fabricmanager"),
+        _bind("/run/nvidia-topologyd"),
+        _bind("/var/log"),
+        _bind("/dev/log"),
+        _bind("/host-etc/os-release", "rprivate", "ro", source="/etc/os-release"),
+        _bind("/run/mellanox/drivers", "rslave"),
+        _bind("/sys/devices/system"),
+        _bind("/sys/module/firmware_class/parameters/path"),
         # row 12
-        bind("/lib/firmware", source="/run/nvidia/driver/lib/firmware"),
+        _bind("/lib/firmware", source="/run/nvidia/driver/lib/firmware"),
         # row 7
-        bind(PROBE, "rprivate", "ro", source="/node/startup-probe.sh"),
-        bind("/usr/local/bin/nvidia-smi", "rprivate", "ro", source="/node/nvidia-smi"),
+        _bind(PROBE, "rprivate", "ro", source="/node/startup-probe.sh"),
+        _bind("/usr/local/bin/nvidia-smi", "rprivate", "ro", source="/node/nvidia-smi"),
         # row 13
-        bind("/drivers", "rprivate", "ro", source="/node/drivers"),
+        _bind("/drivers", "rprivate", "ro", source="/node/drivers"),
     ]

@@ -17,7 +17,7 @@ from builds.errors import HarnessError
 from builds.loading import LOADED, SPOILED, Control
 from builds.model import ModuleType
 from builds.oci import Image
-from builds.plan import ModuleSet, Plan
+from builds.plan import ModuleSet
 from builds.rootfs import RootFs, open_rootfs
 from tests.integration.conftest import Built
 
@@ -36,10 +36,11 @@ OTHER_KERNEL, MISLABELLED = "other-kernel", "mislabelled"
 Answers = dict[str, Said]
 
 
-def orders(plan: Plan, of: ModuleSet, image: Image, files: RootFs) -> Orders:
-    """What the node is told to do."""
-    steps = [Step("before", "state")]
-    for kind in plan.types:
+def orders(of: ModuleSet, image: Image, files: RootFs) -> Orders:
+    """What a node is told to do whose kernel has the modules of a set."""
+    types = sorted(of.modules)
+    steps = [Step("before", "state"), Step("onlooker", "run onlooker")]
+    for kind in types:
         steps += [
             Step(f"{kind}/before", "used /run"),
             Step(f"{kind}/init", f"init {kind}"),
@@ -50,23 +51,26 @@ def orders(plan: Plan, of: ModuleSet, image: Image, files: RootFs) -> Orders:
             Step(f"{kind}/version", "show /proc/driver/nvidia/version"),
             Step(f"{kind}/parameters", "show /proc/driver/nvidia/params"),
             Step(f"{kind}/root", f"tree {ROOT}"),
+            Step(f"{kind}/looked-at", f"inside onlooker ls {ROOT}"),
             Step(f"{kind}/firmware", "firmware"),
             Step(f"{kind}/shadowed", f"inside {kind} ls -A /lib/firmware"),
             Step(f"{kind}/stop", f"stop {kind}"),
             Step(f"{kind}/gone", "state"),
+            Step(f"{kind}/looked-for", f"inside onlooker find {ROOT} -type f"),
         ]
     steps += [
+        *(Step("cut/stop", "interrupt cut TERM"), Step("cut/gone", "state")),
+        *(Step("cut/kill", "interrupt killed KILL --all"), Step("cut/state", "state")),
         *(Step("crash/init", "init crashed"), Step("crash/kill", "crash crashed"), Step("crash/state", "state")),
         *(Step("again/init", "init again"), Step("again/probe", "probe again"), Step("again/state", "state")),
         *(Step("use", "use"), Step("use/stop", "stop again"), Step("use/state", "state")),
         *(Step("use/init", "init early"), Step("unuse", "unuse")),
         *(Step("free/init", "init free"), Step("free/probe", "probe free")),
         *(Step("free/stop", "stop free"), Step("free/gone", "state")),
-        *(step for kind in of.absent for step in (Step(f"{kind}/init", f"init {kind}"), Step(f"{kind}/gone", "state"))),
     ]
-    for pod in (OTHER_KERNEL, MISLABELLED):
-        steps += [Step(f"{pod}/init", f"init {pod} {pod}"), Step(f"{pod}/gone", "state")]
-    for kind in plan.types:
+    for pod, layers in ((OTHER_KERNEL, OTHER_KERNEL), (MISLABELLED, MISLABELLED), *((kind, "") for kind in of.absent)):
+        steps += [Step(f"{pod}/init", f"init {pod} {layers}"), Step(f"{pod}/gone", "state")]
+    for kind in types:
         steps += [
             Step(f"classic/{kind}/before", "used /run"),
             Step(f"classic/{kind}", f"classic {kind}"),
@@ -76,56 +80,57 @@ def orders(plan: Plan, of: ModuleSet, image: Image, files: RootFs) -> Orders:
         ]
     # What the operator's default stands for where there is an NVSwitch and no GPU, if the image has it.
     default = None if ModuleType.OPEN in of.modules else ModuleType.PROPRIETARY
-    kinds = {**{str(kind): kind for kind in TYPES}, MISLABELLED: plan.types[0]}
-    names = (*map(str, TYPES), "crashed", "again", "early", "free", OTHER_KERNEL, MISLABELLED)
+    kinds = {**{str(kind): kind for kind in TYPES}, MISLABELLED: types[0]}
+    drivers = (*map(str, TYPES), "cut", "killed", "crashed", "again", "early", "free", OTHER_KERNEL, MISLABELLED)
     folder = f"{paths.MODULES}/{of.id}"
-    spoiled = f"{folder}/{plan.types[0]}/{SPOILED}.ko"
+    spoiled = f"{folder}/{types[0]}/{SPOILED}.ko"
     wrong = loading.controls(files.read(spoiled), modversions=of.kernel.build.modversions)
     return Orders(
         tuple(steps),
-        {name: pods.spec(image, name, pods.environment(kinds.get(name, default))) for name in names},
+        {
+            "onlooker": pods.onlooker(image, "onlooker"),
+            **{name: pods.driver(image, name, kinds.get(name, default)) for name in drivers},
+        },
         {
             OTHER_KERNEL: {f"{folder}/release": b"9.9.9-cloud-amd64\n"},
             MISLABELLED: {spoiled: wrong[Control.OTHER_KERNEL]},
         },
         {
             "user-space": [(paths.DRIVER_ROOT, ".")],
-            **{str(kind): [(f"{folder}/{kind}", "lib/modules")] for kind in plan.types},
+            **{str(kind): [(f"{folder}/{kind}", "lib/modules")] for kind in types},
         },
     )
 
 
 @pytest.fixture(scope="module")
-def answers(built: Built) -> Answers:
+def of(built: Built) -> ModuleSet:
+    """The modules of the cell's own release: an image may have those of other builds of the kernel as well."""
+    return next(one for one in built.plan.sets if built.cell.gl in one.releases)
+
+
+@pytest.fixture(scope="module")
+def answers(built: Built, of: ModuleSet) -> Answers:
     """What came of each step on the node."""
-    arch, of = built.cell.arch, built.set
-    settings = pipeline.start(built.cell, {"out_dir": str(built.out.parent)}, built.report).settings
+    arch, log = built.cell.arch, built.out / "logs" / "node.log"
+    place = pipeline.start(built.cell, {"out_dir": str(built.out.parent)}, built.report).settings.kernel_image
     try:
         prepared = loading.prepare(
-            built.plan,
-            of,
-            built.inputs,
-            settings.kernel_image,
-            engine=built.engine,
-            cache=built.cache,
-            report=built.report,
+            built.plan, of, built.inputs, place, engine=built.engine, cache=built.cache, report=built.report
         )
         with open_rootfs(built.image, built.cache.root / "tmp") as files:
-            told = orders(built.plan, of, built.image, files)
-        of_node = Machine(
-            built.image, prepared.kernel, of.kernel.build.release, prepared.guest, arch, built.out / "logs" / "node.log"
-        )
-        return node.run(of_node, told, built.cache, built.report)
+            told = orders(of, built.image, files)
+        a_node = Machine(built.image, prepared.kernel, of.kernel.build.release, prepared.guest, arch, log)
+        return node.run(a_node, told, built.cache, built.report)
     except HarnessError as error:
         failure = str(error)
     pytest.fail(failure, pytrace=False)
 
 
 @pytest.fixture(params=TYPES)
-def kind(request: pytest.FixtureRequest, built: Built) -> ModuleType:
+def kind(request: pytest.FixtureRequest, of: ModuleSet) -> ModuleType:
     """Each module type that the image has."""
     wanted: ModuleType = request.param
-    if reason := built.set.absent.get(wanted):
+    if reason := of.absent.get(wanted):
         pytest.skip(f"absent by rule: {reason}")
     return wanted
 
@@ -197,6 +202,13 @@ def test_the_host_sees_the_driver_root_that_is_in_the_image(answers: Answers, ki
     assert [words.split()[0] for words in answers[f"{kind}/state"].words("mount")] == [ROOT]
 
 
+def test_a_container_that_was_there_before_sees_it_come_and_go(answers: Answers, kind: ModuleType) -> None:
+    """Row 11: what the container toolkit has of the node's /run/nvidia follows the driver's."""
+    assert answers["onlooker"].status == 0, str(answers["onlooker"])
+    assert {"lib", "usr"} <= set(answers[f"{kind}/looked-at"].lines)
+    assert answers[f"{kind}/looked-for"].lines == ()
+
+
 def test_the_kernel_finds_the_firmware_from_the_host(answers: Answers, kind: ModuleType, built: Built) -> None:
     """Row 12: what the operator mounts at /lib/firmware has none, and the kernel is told a place on the host."""
     assert answers[f"{kind}/shadowed"] == replace(answers[f"{kind}/shadowed"], status=0, lines=())
@@ -214,6 +226,19 @@ def test_a_stopped_pod_leaves_a_node_without_a_driver(answers: Answers, kind: Mo
     stopped = answers[f"{kind}/stop"]
     assert stopped.status == 0, str(stopped)
     assert_nothing_left(answers[f"{kind}/gone"], answers["before"])
+
+
+def test_a_pod_that_is_stopped_while_it_loads_undoes_what_it_did(answers: Answers) -> None:
+    assert answers["cut/stop"].status == 0, str(answers["cut/stop"])
+    assert "told to stop" in str(answers["cut/stop"])
+    assert_nothing_left(answers["cut/gone"], answers["before"])
+
+
+def test_a_pod_that_is_killed_while_it_loads_does_not_keep_the_next_from_working(answers: Answers) -> None:
+    assert answers["cut/kill"].status == 128 + 9
+    assert answers["cut/state"].words("mount"), "it would prove nothing if it had tidied up"
+    assert "undoing what an earlier run left" in str(answers["crash/init"])
+    assert answers["crash/init"].status == 0, str(answers["crash/init"])
 
 
 def test_a_killed_pod_leaves_the_driver_and_the_next_one_works(answers: Answers) -> None:
@@ -252,31 +277,33 @@ def test_after_the_last_user_is_gone_the_next_pod_works(answers: Answers) -> Non
     [(OTHER_KERNEL, "no modules for kernel {release}"), (MISLABELLED, "module nvidia-uvm cannot be loaded")],
 )
 def test_an_image_of_another_kernel_ends_the_pod_with_the_reason(
-    answers: Answers, built: Built, pod: str, reason: str
+    answers: Answers, of: ModuleSet, pod: str, reason: str
 ) -> None:
     """Row 8. Whether the image says so itself, or its modules are wrong and nvidia.ko is loaded already."""
     said = answers[f"{pod}/init"]
     assert said.status not in (0, 128 + 15)
-    assert reason.format(release=built.set.kernel.build.release) in the_error(said)
+    assert reason.format(release=of.kernel.build.release) in the_error(said)
     assert_nothing_left(answers[f"{pod}/gone"], answers["before"])
 
 
 @pytest.mark.parametrize("absent", TYPES)
 def test_a_type_that_the_image_has_not_ends_the_pod_with_the_rule(
-    answers: Answers, built: Built, absent: ModuleType
+    answers: Answers, of: ModuleSet, absent: ModuleType
 ) -> None:
-    if absent not in built.set.absent:
+    if absent not in of.absent:
         pytest.skip("the image has it")
     said = answers[f"{absent}/init"]
     assert said.status not in (0, 128 + 15)
-    assert built.set.absent[absent] in the_error(said)
+    assert of.absent[absent] in the_error(said)
     assert_nothing_left(answers[f"{absent}/gone"], answers["before"])
 
 
-def test_the_classic_way_takes_the_nodes_memory_and_ours_does_not(answers: Answers, built: Built) -> None:
+def test_the_classic_way_takes_the_nodes_memory_and_ours_does_not(
+    answers: Answers, built: Built, of: ModuleSet
+) -> None:
     """Bytes decide, time is told: ``-k classic -s`` prints both."""
     rows = []
-    for kind in built.plan.types:
+    for kind in sorted(of.modules):
         ways = {"mounted": f"{kind}/init", "unpacked (classic)": f"classic/{kind}"}
         before = {"mounted": f"{kind}/before", "unpacked (classic)": f"classic/{kind}/before"}
         after = {"mounted": f"{kind}/after", "unpacked (classic)": f"classic/{kind}/after"}
@@ -288,7 +315,7 @@ def test_the_classic_way_takes_the_nodes_memory_and_ours_does_not(answers: Answe
         assert took["mounted"] < 1 << 20
         assert took["mounted"] * 100 < took["unpacked (classic)"]
     built.report.table(
-        f"From start to modules loaded, {built.set.kernel.build.release}, QEMU {machine.version(built.cell.arch)}",
+        f"From start to modules loaded, {of.kernel.build.release}, QEMU {machine.version(built.cell.arch)}",
         ("modules", "driver root", "time", "node memory (tmpfs)"),
         rows,
     )

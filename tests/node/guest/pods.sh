@@ -55,6 +55,12 @@ is_ready_or_has_ended() {
     is_ready "$1" || has_ended "$1"
 }
 
+# run POD: start one that is not the driver's
+run() {
+    start "$1" || return
+    until_true inside "$1" true 2>/dev/null
+}
+
 # init POD [LAYER]...: start a pod and wait until it says that the driver is ready, or ends; its log, and its status
 # if it ended
 init() {
@@ -92,6 +98,17 @@ stop() {
 crash() {
     runtime kill --all "$1" KILL || return
     gone "$1" || return
+    return "$(cat "/pods/$1/status")"
+}
+
+# interrupt POD SIGNAL [--all]: start a pod and signal it, or all of its processes, while it is at work: the driver root
+# is mounted, modules are not loaded; what it said, and its status
+interrupt() {
+    start "$1" || return
+    until_true mountpoint -q /run/nvidia/driver || return
+    runtime kill ${3:+"$3"} "$1" "$2" || return
+    gone "$1" || return
+    log "$1"
     return "$(cat "/pods/$1/status")"
 }
 
