@@ -1,6 +1,6 @@
 """What the tests on a node share: one built cell.
 
-``NODE_CELL`` names one whose image and logs are then in the user's own output folder, as ``nox -s "node(<cell>)"`` does.
+``NODE_CELL`` names one whose image and logs are then in the user's own output folder: so ``nox -s "node(<cell>)"``.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 STATUS=/run/nvidia/validations/.driver-daemons-status
 FIRMWARE=/sys/module/firmware_class/parameters/path
-PATIENCE=1200 # tenths of a second that anything may take
+PATIENCE=600 # tenths of a second that anything may take
 
 runtime() {
     crun --root /var/lib/crun "$@" # not below /run, whose use is measured
