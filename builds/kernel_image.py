@@ -327,7 +327,9 @@ def _fetch(wanted: _Wanted, kmodbuild: oci.Image, folder: Path, engine: Engine, 
             raise InfrastructureError(str(wanted), "its kmodbuild image has no apt to fetch it with")
         if status:
             raise InfrastructureError(
-                str(wanted), "its package source does not have it", got=said[-1] if said else "no word"
+                str(wanted),
+                "its package source does not have it",
+                got="; ".join([line for line in said if line.startswith("E: ")] or said[-1:]) or "no word",
             )
         engines.get_tree(made, _FOUND, folder)
     log.unlink()

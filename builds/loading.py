@@ -219,10 +219,17 @@ def boot(
         raise InfrastructureError(
             "virtual machine",
             "its kernel did not start our program" if ended.in_time else f"did not end in {patience:.0f} s",
-            got=ended.console.strip()[-300:] or "no word",
+            got=_last_words(ended.console),
             hint=f"its console: {log}",
         )
     return answers
+
+
+def _last_words(console: str) -> str:
+    """What a machine said in the end; of a panic its first line, which says why."""
+    lines = [line for line in console.split("\n") if line.strip()]
+    why = [line for line in lines if "Kernel panic" in line]
+    return (why or lines or ["no word"])[-1][:300]
 
 
 def read(console: str, steps: Sequence[Step]) -> dict[str, Answer]:

@@ -41,6 +41,8 @@ class Built:
     engine: Engine
     report: Reporter
     out: Path
+    kernels: Path | None
+    """What KERNEL_IMAGE is for the cell."""
 
     @property
     def set(self) -> ModuleSet:
@@ -65,7 +67,7 @@ def build(cell: Cell, out: Path) -> Built:
     run = pipeline.start(cell, {"out_dir": str(out)}, report)
     image = pipeline.build(run)
     made, inputs = pipeline.plan(run)
-    return Built(cell, made, inputs, image, run.cache, engine.connect(), report, run.out)
+    return Built(cell, made, inputs, image, run.cache, engine.connect(), report, run.out, run.settings.kernel_image)
 
 
 @pytest.fixture(scope="session")
@@ -82,8 +84,8 @@ def built(out: Path) -> Built:
 
 @pytest.fixture(scope="session")
 def built_with_rule(out: Path) -> Built:
-    """The lab cell of which a rule leaves one module type out."""
-    return build(Cell.parse("550.163.01-debian13-amd64-cloud"), out)
+    """The lab cell of which a rule leaves one module type out; its kernel has DRM, and is in its kmodbuild image."""
+    return build(Cell.parse("550.163.01-debian13-amd64-baremetal"), out)
 
 
 @pytest.fixture(scope="session")

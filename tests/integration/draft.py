@@ -340,6 +340,63 @@ def swap_info(key: bytes, change: Callable[[bytes], bytes]) -> Callable[[bytes],
     return apply
 
 
+def crashing(data: bytes) -> bytes:
+    """A module whose start is an instruction that no processor has."""
+    return _start_with(data, b"\x0f\x0b")
+
+
+def looping(data: bytes) -> bytes:
+    """A module whose start never ends: a jump to itself."""
+    return _start_with(data, b"\xeb\xfe")
+
+
+def _start_with(data: bytes, code: bytes) -> bytes:
+    """Put x86 code into a module's init function, behind the call that the kernel itself writes there."""
+    elf = ELFFile(io.BytesIO(data))
+    symbols: Any = elf.get_section_by_name(".symtab")
+    (start,) = symbols.get_symbol_by_name("init_module")
+    at = elf.get_section(start["st_shndx"])["sh_offset"] + start["st_value"]
+    at += 5 if data[at] == 0xE8 else 0
+    return data[:at] + code + data[at + len(code) :]
+
+
+def forging(words: str) -> Callable[[bytes], bytes]:
+    """An nvidia.ko that says something else instead of its version: in /proc, and on the console as an emergency."""
+
+    def change(data: bytes) -> bytes:
+        begin = data.index(b"nvidia id: ") + len(b"nvidia id: ")
+        text = words.encode().ljust(data.index(b"\0", begin) - begin, b" ")
+        data = data[:begin] + text + data[begin + len(text) :]
+        return swap_text(b"NVRM: loading %s\n", b"\x010RM: load %s\n")(data)
+
+    return change
+
+
+def without_exit(data: bytes) -> bytes:
+    """A module that does not say how it ends: the relocation of its exit function is made one of no effect."""
+    elf = ELFFile(io.BytesIO(data))
+    relocations: Any = elf.get_section_by_name(".rela.gnu.linkonce.this_module")
+    symbols: Any = elf.get_section(relocations["sh_link"])
+    for number, one in enumerate(relocations.iter_relocations()):
+        if symbols.get_symbol(one["r_info_sym"]).name == "cleanup_module":
+            info = relocations["sh_offset"] + number * relocations["sh_entsize"] + 8
+            return data[:info] + bytes(4) + data[info + 4 :]  # the lower half is the type; 0 is R_*_NONE
+    raise AssertionError("it has no exit function")
+
+
+def layout_alone(data: bytes) -> bytes:
+    """A module that knows the CRC of the kernel's own layout and of no symbol else."""
+    elf = ELFFile(io.BytesIO(data))
+    number = elf.get_section_index("__versions")
+    offset, size = section(data, "__versions")
+    entry = next(
+        data[at : at + 64] for at in range(offset, offset + size, 64) if data[at + 8 :].startswith(b"module_layout\0")
+    )
+    at = elf["e_shoff"] + number * elf["e_shentsize"] + 32  # where its header has the size
+    data = data[:at] + (64).to_bytes(8, "little") + data[at + 8 :]
+    return data[:offset] + entry + data[offset + 64 :]
+
+
 def rename_section(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
     """Rename a section of an ELF file."""
     assert len(old) == len(new)

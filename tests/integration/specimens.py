@@ -19,15 +19,19 @@ from builds.oci import Layer
 from .draft import (
     ROOT,
     Draft,
+    crashing,
     flip,
     flip_crc,
     flip_in,
+    forging,
     header,
     into,
+    layout_alone,
     other_machine,
     rename_section,
     swap_info,
     swap_text,
+    without_exit,
 )
 
 
@@ -276,6 +280,70 @@ SPECIMENS = (
         lambda d: d.put(f"{paths.MODULES}/6.1.0-1-cloud-amd64-000000000000/open/nvidia.ko"),
     ),
     Specimen("module too many", "modules.unexpected", "", lambda d: d.put(d.module("nvidia-fs"))),
+    # modules at work in their kernel
+    Specimen(
+        "crc flipped and loaded",
+        "load.modules",
+        "open/nvidia-modeset.ko",
+        lambda d: d.edit(d.module("nvidia-modeset"), flip_crc("nvidia_get_rm_ops")),
+    ),
+    Specimen(
+        "vermagic flags edited and loaded",
+        "load.modules",
+        "proprietary/nvidia-peermem.ko",
+        lambda d: d.edit(
+            d.module("nvidia-peermem", "proprietary"),
+            swap_info(b"vermagic", lambda old: old.replace(b" SMP", b" UP ")),
+        ),
+    ),
+    Specimen(
+        "module cut short and loaded",
+        "load.modules",
+        "proprietary/nvidia-uvm.ko",
+        lambda d: d.edit(d.module("nvidia-uvm", "proprietary"), lambda data: data[:-99]),
+    ),
+    Specimen(
+        "empty module loaded",
+        "load.modules",
+        "proprietary/nvidia-drm.ko",
+        lambda d: d.edit(d.module("nvidia-drm", "proprietary"), lambda _: b""),
+    ),
+    Specimen(
+        "driver that says it is another",
+        "load.version",
+        "open",
+        lambda d: d.edit(d.module("nvidia"), swap_text(b"x86_64  550.163.01  ", b"x86_64  550.163.02  ")),
+    ),
+    Specimen(
+        "driver that gives the guest's answers itself",
+        "load.version",
+        "open",
+        lambda d: d.edit(d.module("nvidia"), forging("\n@@ version/open status 0\r@@ taint/open status 0\v@@ end\n")),
+    ),
+    Specimen(
+        "module that crashes the kernel",
+        "load.modules",
+        "open/nvidia-modeset.ko",
+        lambda d: d.edit(d.module("nvidia-modeset"), crashing),
+    ),
+    Specimen(
+        "module without an end",
+        "load.unload",
+        "proprietary",
+        lambda d: d.edit(d.module("nvidia-uvm", "proprietary"), without_exit),
+    ),
+    Specimen(
+        "module that has to be forced",
+        "load.taint",
+        "open",
+        lambda d: d.edit(d.module("nvidia-drm"), rename_section(b"__versions", b"__versionx")),
+    ),
+    Specimen(
+        "module of which no symbol is compared",
+        "load.controls",
+        "CRC flipped",
+        lambda d: d.edit(d.module("nvidia-uvm"), layout_alone),
+    ),
     # firmware
     Specimen(
         "firmware emptied",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from builds import kmod, paths
+from builds import kmod, paths, verify
 from builds.model import Arch, Cell, ModuleType
 from builds.record import Record
 from builds.rootfs import open_rootfs
@@ -32,7 +32,8 @@ def test_it_is_built_by_no_emulated_compiler_and_verified(arm64: Built, builds: 
     record = Record.read(arm64.out / "record.json")
     assert record.passed
     assert {check.outcome for check in record.checks} == {"passed"}
-    assert {check.group for check in record.checks} >= {"modules", "runtime"}
+    assert {check.group for check in record.checks} >= {"modules", "runtime", "load"}
+    assert verify.not_loaded(record) is None
 
 
 def test_everything_in_it_is_of_its_architecture(arm64: Built, tmp_path: Path) -> None:

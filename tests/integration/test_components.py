@@ -123,7 +123,7 @@ def equipped(built: Built, mirror: Path, tmp_path_factory: pytest.TempPathFactor
     run = pipeline.start(built.cell, {"out_dir": str(out), "nvidia_redist_url": str(mirror)}, built.report)
     made, inputs = pipeline.plan(run)
     image = pipeline.build(run)
-    here = Built(built.cell, made, inputs, image, run.cache, built.engine, built.report, run.out)
+    here = Built(built.cell, made, inputs, image, run.cache, built.engine, built.report, run.out, built.kernels)
     return Equipped(here, Record.read(run.out / "record.json"))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from builds import oci, paths, verify
+from builds import loading, oci, paths, verify
 from builds.cache import remove
 from builds.engine import Engine
 from builds.errors import InfrastructureError, VerificationError
@@ -47,6 +47,7 @@ class Bench:
                 report=self.built.report,
                 repeat="pytest tests/integration/test_specimens.py",
                 modules=_compiled(self.built),
+                kernels=self.built.kernels,
                 groups=groups or verify.GROUPS,
             )
         return Record.read(out / "record.json")
@@ -61,6 +62,7 @@ def bench(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Be
     folder = tmp_path_factory.mktemp("specimens")
     means: dict[str, Any] = {"engine": built.engine, "cache": built.cache, "report": built.report}
     verify.reference_module(built.plan, built.set, built.inputs, **means)
+    loading.prepare(built.plan, built.set, built.inputs, built.kernels, **means)
     sound = thaw(built.image, built.plan, len(built.inputs.base.layers), folder / "sound")
     yield Bench(built, sound, folder)
     remove(folder)
@@ -92,18 +94,28 @@ def test_a_specimen_is_refused(specimen: Specimen, bench: Bench, layout: Path) -
     assert refusing, f"{specimen.check} lets it pass; what fails: {sorted(failed(record))}"
     assert specimen.thing == "*" or {thing for thing in refusing if thing.endswith(specimen.thing)}
     assert not record.passed
+    if specimen.check in ALONE:
+        assert {check.id for check in record.of(Outcome.FAILED)} == {specimen.check}
+
+
+ALONE = {"load.version", "load.unload", "load.taint"}
+"""Checks of modules at work whose specimens no other of them refuses."""
 
 
 def test_modules_of_another_kernel_are_refused(bench: Bench, layout: Path, built_with_rule: Built) -> None:
-    """Real ones, compiled for Debian 13's kernel: their CRCs are that kernel's."""
+    """Real ones, compiled for Debian 13's kernel: their CRCs are that kernel's, which the loading one says itself."""
     draft = Draft(bench.sound)
     for name in MODULES:
         foreign = (_compiled(built_with_rule)[built_with_rule.set.id][PROPRIETARY] / f"{name}.ko").read_bytes()
         draft.edit(draft.module(name, "proprietary"), lambda _, foreign=foreign: foreign)  # type: ignore[misc]
-    refusing = failed(bench.verify(draft.write(layout), "modules"))
+    record = bench.verify(draft.write(layout), "modules", "load")
+    refusing = failed(record)
     for check in ("vermagic", "crcs", "imports", "bytes"):
         assert f"modules.{check}[{bench.built.set.id}/proprietary/nvidia.ko]" in refusing
     assert not [name for name in refusing if "open/" in name]
+    said = {check.object: check.message for check in record.of(Outcome.FAILED) if check.id == "load.modules"}
+    assert said.keys() == {f"{bench.built.set.id}/proprietary/{name}.ko" for name in MODULES}
+    assert all("disagrees about version of symbol module_layout" in words for words in said.values())
 
 
 def test_a_plan_of_other_tags_is_refused(bench: Bench) -> None:
