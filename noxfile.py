@@ -24,7 +24,7 @@ nox.options.sessions = ["build", "verify"]
 SCRIPTS = (
     "builds/compile.sh",
     "builds/installer/nvidia-driver",
-    *map(str, Path("builds/installer").glob("*.sh")),
+    *map(str, sorted(Path("builds/installer").rglob("*.sh"))),
     ".ci/run",
 )
 nox.options.default_venv_backend = "none"
