@@ -1,4 +1,4 @@
-# shellcheck shell=sh
+# shellcheck shell=sh disable=SC2034 # the other parts use the variables
 # The node's devices: on the PCI bus, as the loaded driver knows them, and what is set up before it is loaded.
 
 GPUS=''    # PCI device ids of the GPUs
@@ -7,8 +7,8 @@ BRIDGES='' # PCI addresses of the devices by which NVSwitches of NVLink 5 are ma
 SUPPORT='' # gpu_support's lines on the GPUs
 REFUSED='' # why there are none
 
-# pci_devices FOLDER: one line a GPU or NVSwitch of NVIDIA's, `gpu <id>` or `switch <id>`, and one for each device of
-# Mellanox's, `network <address>`
+# pci_devices FOLDER: one line a device, `gpu <id> <address>` and `switch <id>` for NVIDIA's, and `network <address>` for
+# Mellanox's
 pci_devices() (
     for device in "$1"/bus/pci/devices/*; do
         [ -r "$device/vendor" ] && [ -r "$device/class" ] && [ -r "$device/device" ] || continue
