@@ -113,8 +113,12 @@ def container(
     *,
     environment: Mapping[str, str] | None = None,
     entrypoint: Sequence[str] | None = None,
+    mounts: bool = False,
 ) -> Iterator[Container]:
-    """A container without network, created but not started; removed at the end, whatever happens."""
+    """A container without network, created but not started; removed at the end, whatever happens.
+
+    With ``mounts`` what runs in it may mount and make mount namespaces, inside of it.
+    """
     try:
         made = engine.client.containers.create(
             image,
@@ -123,6 +127,8 @@ def container(
             environment=dict(environment or {}),
             labels={LABEL: json.dumps(_owner())},
             network_mode="none",
+            cap_add=["SYS_ADMIN"] if mounts else None,
+            security_opt=["apparmor=unconfined"] if mounts else None,
             init=True,
         )
     except ImageNotFound as error:

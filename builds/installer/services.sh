@@ -27,6 +27,8 @@ pause() {
 
 # The driver makes no device nodes by itself. These are this container's; on the host the operator makes them.
 create_device_nodes() {
+    # nvidia-modprobe also makes links there and fails where it cannot; a runtime gives no container that folder.
+    mkdir -p /dev/char || :
     set -- -c 255 # nvidiactl
     for minor in $(gpu_minors "$PROC_FOLDER"); do
         set -- "$@" -c "$minor"

@@ -54,7 +54,10 @@ begin_alone() {
     [ -d "$STATE_FOLDER" ] || mkdir -m 0700 "$STATE_FOLDER" ||
         die "$STATE_FOLDER cannot be made: mount the host's /run/nvidia, writable"
     exec 9>"$STATE_FOLDER/$1"
-    flock -n 9 || die 'another nvidia-driver is at work on this node: stop its pod first'
+    answer=$(flock -n 9 2>&1) || {
+        [ -z "$answer" ] || die "$STATE_FOLDER/$1 cannot be locked ($answer): mount the host's /run/nvidia there"
+        die 'another nvidia-driver is at work on this node: stop its pod first'
+    }
 }
 
 undo_earlier_run() {
