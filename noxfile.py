@@ -25,6 +25,7 @@ SCRIPTS = (
     "builds/compile.sh",
     "builds/installer/nvidia-driver",
     *map(str, sorted(Path("builds/installer").rglob("*.sh"))),
+    *map(str, sorted(Path("tests/node/stand-ins").iterdir())),
     ".ci/run",
 )
 nox.options.default_venv_backend = "none"
@@ -203,7 +204,8 @@ def test(session: nox.Session) -> None:
     # A file's tests share what they build; of two files at once, one waits for processes while the other computes.
     workers = ("-n", "2", "--dist", "loadfile")
     session.run(
-        *(sys.executable, "-m", "pytest", *workers, "tests/unit", "tests/integration", *session.posargs), external=True
+        *(sys.executable, "-m", "pytest", *workers, "tests/unit", "tests/integration", "tests/node", *session.posargs),
+        external=True,
     )
 
 

@@ -90,11 +90,11 @@ wait_for_fabric() {
     [ -n "$FABRIC_SERVICES" ] && [ -n "$GPUS" ] || return 0
     tries=$FABRIC_PATIENCE
     while :; do
+        answer=$(vendor nvidia-smi -q 2>&1) ||
+            die "nvidia-smi -q failed ($answer): dmesg of the node has lines of NVRM with the reason"
         for service in $FABRIC_SERVICES; do
             "alive_$service" || "lost_$service"
         done
-        answer=$(vendor nvidia-smi -q 2>&1) ||
-            die "nvidia-smi -q failed ($answer): dmesg of the node has lines of NVRM with the reason"
         is_fabric_complete "$answer" && break
         tries=$((tries - 1))
         [ "$tries" -gt 0 ] || die 'the GPUs are not joined yet: the lines of nv-fabricmanager above have the reason'

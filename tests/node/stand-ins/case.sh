@@ -23,7 +23,9 @@ part() {
 
 # run COMMAND READY: in the pod, in a session of its own, until it ends or is ready and has been told to stop
 run() {
-    : >/node/ready >/node/out
+    : >/node/ready
+    : >/node/out
+    # shellcheck disable=SC2016 # the inner shell expands it
     setsid sh -c 'echo $$ >/node/pid; exec /usr/bin/nsenter --mount="/proc/$1/ns/mnt" nvidia-driver "$2"' \
         sh "$pod" "$1" >/node/out 2>/node/err </dev/null &
     child=$!
