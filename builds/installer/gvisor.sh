@@ -7,7 +7,7 @@ TOOLKIT_FOLDER=${NVIDIA_TOOLKIT_FOLDER:-/opt/nvidia/toolkit} # toolkit.installDi
 # installed, and it is gone with the next boot. A node without gVisor is left alone. Pods of other runtimes work
 # without, so that no failure of this ends the pod.
 extend_containerd_path() {
-    answer=$(nsenter -t 1 -m -- /bin/sh -s "$TOOLKIT_FOLDER" <"$PARTS/on-host/containerd-path.sh" 2>&1) || {
+    answer=$(nsenter -t 1 -m -- /bin/sh -s "$TOOLKIT_FOLDER" <"$PARTS/containerd-path.sh" 2>&1) || {
         warn "containerd cannot be told where nvidia-container-cli is ($answer): pods in gVisor will not get GPUs"
         return 0
     }

@@ -27,7 +27,7 @@ ROWS: dict[int, tuple[str, tuple[str, ...]]] = {
     1: ("tag", ("unit/test_helm.py", "unit/test_tags.py", "image/test_tags.py")),
     2: (
         "OS part of the tag, by labels",
-        ("unit/test_helm.py::test_nodes_of_another_os_keep_their_version", "unit/test_tags.py"),
+        ("unit/test_helm.py", "unit/test_tags.py"),
     ),
     3: ("legal tag", ("unit/test_tags.py", "image/test_tags.py")),
     4: ("the tag is the only identity", ("integration/test_push.py", "unit/test_plan.py")),

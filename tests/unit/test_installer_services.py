@@ -374,7 +374,7 @@ def test_a_fabric_manager_that_ends_before_the_gpus_are_joined_ends_the_pod(node
 # gVisor
 
 
-HOST = INSTALLER / "on-host/containerd-path.sh"
+HOST = INSTALLER / "containerd-path.sh"
 
 
 def on_host(root: Path, environment: str) -> subprocess.CompletedProcess[str]:
