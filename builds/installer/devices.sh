@@ -8,7 +8,7 @@ SUPPORT='' # gpu_support's lines on the GPUs
 REFUSED='' # why there are none
 
 # pci_devices FOLDER: one line a device, `gpu <id> <address>` and `switch <id>` for NVIDIA's, and `network <address>` for
-# Mellanox's
+# Mellanox's, but for virtual functions
 pci_devices() (
     for device in "$1"/bus/pci/devices/*; do
         [ -r "$device/vendor" ] && [ -r "$device/class" ] && [ -r "$device/device" ] || continue
@@ -18,7 +18,7 @@ pci_devices() (
         case $vendor:$class in
             0x10de:0x0300* | 0x10de:0x0302*) printf 'gpu %s %s\n' "${id#0x}" "${device##*/}" ;;
             0x10de:0x0680*) printf 'switch %s\n' "${id#0x}" ;;
-            0x15b3:*) printf 'network %s\n' "${device##*/}" ;;
+            0x15b3:*) [ -e "$device/physfn" ] || printf 'network %s\n' "${device##*/}" ;;
             *) ;;
         esac
     done

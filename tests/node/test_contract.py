@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from builds import paths
+from builds import paths, recipes
 from tests.integration.conftest import Built
 
 from . import contract
@@ -22,6 +22,7 @@ from .contract import Outcome, Pod
 pytestmark = pytest.mark.engine
 
 TESTS = Path(__file__).parents[1]
+GUIDE = TESTS.parent / "helm/NODE.md"
 
 ROWS: dict[int, tuple[str, tuple[str, ...]]] = {
     1: ("tag", ("unit/test_helm.py", "unit/test_tags.py", "image/test_tags.py")),
@@ -232,6 +233,18 @@ def test_peermem_is_loaded_beside_the_driver(good: dict[str, Outcome], built: Bu
     assert outcome.left["modules"].split() == ["nvidia", "nvidia_modeset", "nvidia_uvm"], "the driver stays"
 
 
+def documented() -> list[str]:
+    """The errors that the operator's guide tells of, each by a phrase of it."""
+    rows = [line.split("|")[1] for line in GUIDE.read_text().splitlines() if line.startswith("| `")]
+    return [phrase for row in rows for phrase in re.findall(r"`([^`]+)`", row)]
+
+
+def test_what_the_guide_quotes_is_said() -> None:
+    """No phrase of helm/NODE.md is one that the installer does not have any more."""
+    sources = " ".join(path.read_text() for path in recipes.INSTALLER_PARTS)
+    assert [phrase for phrase in documented() if phrase not in sources] == []
+
+
 def is_service(call: str) -> bool:
     """Whether it stays, so that its failure is noticed a moment later."""
     return call.startswith(("nvlsm ", MANAGER))
@@ -242,6 +255,9 @@ def fails_well(outcome: Outcome, call: str) -> None:
     assert outcome.status == 1, call
     assert len(outcome.errors) == 1, f"{call}: {outcome.err}"
     assert re.fullmatch(r"nvidia-driver: error: .+: .+", outcome.errors[0])
+    assert any(phrase in outcome.errors[0] for phrase in documented()), (
+        f"helm/NODE.md does not tell of {outcome.errors[0]}"
+    )
     assert outcome.ready is None or call.startswith(UNDOING), call
 
 

@@ -435,3 +435,20 @@ def test_a_host_whose_containerd_cannot_be_told_is_warned_of(node: Node) -> None
     status, _, err = stop(process)
     assert status == 0
     assert "warning: containerd cannot be told where nvidia-container-cli is (nsenter: stand-in says no)" in err
+
+
+def test_a_virtual_function_leads_to_no_switches(node: Node) -> None:
+    node.bridge()
+    node.write("sys/bus/pci/devices/0000:0a:00.0/physfn", "")
+    assert node.run("load").returncode == 0
+    process = node.start()
+    until_ready(process)
+    assert not any("mlx5" in call for call in node.calls())
+    assert stop(process)[0] == 0
+
+
+def test_damaged_data_are_no_obstacle_to_a_type_that_is_asked_for(node: Node) -> None:
+    node.data(())
+    done = node.run("load", KERNEL_MODULE_TYPE="open")
+    assert done.returncode == 0
+    assert re.fullmatch(r"nvidia-driver: warning: .+ cannot be read as the list of supported GPUs: .+\n", done.stderr)
