@@ -22,10 +22,10 @@ except ImportError as error:
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["build", "verify"]
 SCRIPTS = (
+    *map(str, Path("tests/node/stand-ins").iterdir()),
     "builds/compile.sh",
     "builds/installer/nvidia-driver",
     *map(str, Path("builds/installer").glob("*.sh")),
-    *map(str, sorted(Path("tests/node/stand-ins").iterdir())),
     ".ci/run",
 )
 nox.options.default_venv_backend = "none"

@@ -111,24 +111,22 @@ def container(
     image: str,
     command: Sequence[str],
     *,
+    mounts: bool = False,
     environment: Mapping[str, str] | None = None,
     entrypoint: Sequence[str] | None = None,
-    mounts: bool = False,
 ) -> Iterator[Container]:
-    """A container without network, created but not started; removed at the end, whatever happens.
-
-    With ``mounts`` what runs in it may mount and make mount namespaces, inside of it.
-    """
+    """A container without network, created but not started; removed at the end, whatever happens."""
     try:
         made = engine.client.containers.create(
             image,
             list(command),
             entrypoint=list(entrypoint) if entrypoint is not None else None,
             environment=dict(environment or {}),
-            labels={LABEL: json.dumps(_owner())},
-            network_mode="none",
+            # With `mounts` what runs in it may mount, and make mount namespaces of its own.
             cap_add=["SYS_ADMIN"] if mounts else None,
             security_opt=["apparmor=unconfined"] if mounts else None,
+            labels={LABEL: json.dumps(_owner())},
+            network_mode="none",
             init=True,
         )
     except ImageNotFound as error:
