@@ -22,6 +22,7 @@ except ImportError as error:
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["build", "verify"]
 SCRIPTS = (
+    *map(str, Path("tests/node/stand-ins").iterdir()),
     "builds/compile.sh",
     "builds/guest/compile.sh",
     "builds/installer/nvidia-driver",

@@ -111,6 +111,7 @@ def container(
     image: str,
     command: Sequence[str],
     *,
+    mounts: bool = False,
     environment: Mapping[str, str] | None = None,
     entrypoint: Sequence[str] | None = None,
     network: bool = False,
@@ -122,6 +123,9 @@ def container(
             list(command),
             entrypoint=list(entrypoint) if entrypoint is not None else None,
             environment=dict(environment or {}),
+            # With `mounts` what runs in it may mount, and make mount namespaces of its own.
+            cap_add=["SYS_ADMIN"] if mounts else None,
+            security_opt=["apparmor=unconfined"] if mounts else None,
             labels={LABEL: json.dumps(_owner())},
             network_mode=None if network else "none",
             init=True,

@@ -53,6 +53,17 @@ requested_type() {
     esac
 }
 
+# switch_of NAME VALUE: true or false
+switch_of() {
+    case $2 in
+        true | false) printf '%s\n' "$2" ;;
+        *)
+            printf "%s is '%s': set it to true or false\n" "$1" "$2"
+            return 1
+            ;;
+    esac
+}
+
 # gpu_support DATA ID...: one line a GPU, `<id> <support> <name>`, by the driver's own supported-gpus.json.
 # Support is `open` or `proprietary` where only that type drives the GPU, `both`, or `unknown`. A GPU is known by its
 # PCI device id alone; where entries of one id differ, only what all of them promise counts.
@@ -220,9 +231,60 @@ parameters_of() (
     }
 )
 
-# insmod_advice SAID: what to do about what insmod said
+# default_parameters MODULE SUPPORT PARAMETERS: our own defaults, one a line, given gpu_support's lines and what the
+# operator sets. What the operator sets stands, whatever its value.
+default_parameters() (
+    [ "$1" = nvidia-uvm ] || return 0
+    # Heterogeneous memory management is off on a B200. Names of the data are such as "NVIDIA B200".
+    case " $(printf '%s' "$2" | tr '\n' ' ') " in *' B200 '*) ;; *) return 0 ;; esac
+    case $3 in
+        *uvm_disable_hmm*) ;;
+        *) printf 'uvm_disable_hmm=1\n' ;;
+    esac
+)
+
+# choose_fabric GPUS SWITCHES BRIDGES FABRIC-MANAGER NVLSM: which services the NVSwitches of a node need, given its GPUs,
+# the number of its NVSwitches, the devices that manage those of NVLink 5, and each program or nothing if the image
+# lacks it
+choose_fabric() (
+    missing=''
+    if [ -n "$3" ]; then
+        needed='nvlsm fabricmanager'
+        [ -n "$5" ] || missing='nvlsm'
+    elif [ "$2" -gt 0 ]; then
+        needed=fabricmanager
+    else
+        return 0
+    fi
+    [ -n "$4" ] || missing="nv-fabricmanager${missing:+ and $missing}"
+    if [ -z "$missing" ]; then
+        printf '%s\n' "$needed"
+    elif [ -n "$1" ]; then
+        printf 'the GPUs are joined by NVSwitches and will run nothing without %s, which this image lacks: %s\n' \
+            "$missing" 'use an image that was built with it (NVIDIA_REDIST_URL)'
+        return 1
+    fi
+)
+
+# port_of FOLDER: the GUID of the first port by which a subnet manager may work, of an InfiniBand device in sysfs
+port_of() (
+    for port in "$1"/ports/*; do
+        [ -r "$port/cap_mask" ] && [ -r "$port/gids/0" ] || continue
+        read -r mask <"$port/cap_mask"
+        [ $((mask & 0x400)) -eq 0 ] || continue # the bit says that it may not
+        # The later half of a port's first address is its GUID.
+        tr -d '\n' <"$port/gids/0" | awk -F: 'NF == 8 { print "0x" $5 $6 $7 $8 }'
+        return
+    done
+)
+
+# insmod_advice MODULE SAID: what to do about what insmod said
 insmod_advice() {
-    case $1 in
+    case $1:$2 in
+        nvidia-peermem:*'nvalid parameters'* | nvidia-peermem:*'nvalid argument'*)
+            printf "the kernel's InfiniBand drivers have no peer-memory interface for these modules, %s, %s" \
+                'so RDMA uses DMA-BUF' 'which needs no nvidia-peermem: set driver.rdma.enabled to false'
+            ;;
         *'No such device'*) printf 'is there a GPU that this driver supports? dmesg has lines of NVRM that tell' ;;
         *'nvalid module format'* | *'Exec format'*) printf 'use an image made for this build of the kernel' ;;
         *'Required key not available'* | *'rejected by service'* | *'ot permitted'*)

@@ -10,7 +10,7 @@ MODULES_IN_USE=''
 
 # note CHANGE [DETAIL]: undo_CHANGE DETAIL will undo it
 note() {
-    printf '%s %s\n' "$1" "${2-}" >>"$JOURNAL"
+    printf '%s %s\n' "$1" "${2-}" >>"$JOURNAL" || die "$JOURNAL cannot be written: mount the host's /run/nvidia, writable"
 }
 
 # Undo every change, newest first. What cannot be undone now stays in the journal, and the status says so.
@@ -21,7 +21,7 @@ undo_changes() {
     MODULES_IN_USE=$(modules_in_use)
     while IFS=' ' read -r change detail; do
         case $change in
-            module | root | firmware | status)
+            module | root | firmware | status | iommu)
                 "undo_$change" "$detail" || printf '%s %s\n' "$change" "$detail" >>"$JOURNAL.left"
                 ;;
             *) warn "the journal $JOURNAL has an entry that this version does not know: $change" ;;

@@ -22,7 +22,7 @@ loaded_modules() (
 # Which modules have users other than the modules on top of them
 modules_in_use() (
     set --
-    for module in nvidia-drm nvidia-modeset nvidia-uvm nvidia; do
+    for module in nvidia-peermem nvidia-drm nvidia-modeset nvidia-uvm nvidia; do
         folder=$SYS_FOLDER/module/$(sys_name "$module")
         [ -r "$folder/refcnt" ] || continue
         read -r users <"$folder/refcnt"
@@ -37,17 +37,28 @@ modules_in_use() (
 # load_modules FOLDER
 load_modules() {
     for module in nvidia nvidia-uvm nvidia-modeset nvidia-drm; do
-        needed=$(modinfo -F depends "$1/$module.ko" 2>&1) ||
-            die "$1/$module.ko cannot be read ($needed): use an undamaged image"
+        needed=$(needs_of "$1" "$module") || die "$needed"
         # On a kernel without DRM this one is an empty shell that needs nothing, not even its siblings.
         if [ "$module" = nvidia-drm ] && [ -z "$needed" ]; then
             log 'nvidia-drm is left out: this kernel has no DRM'
             continue
         fi
         load_needed "$module" "$needed"
+        note module "$module"
         load_module "$1" "$module"
     done
+    # Another container of the pod loads this one, once the driver is ready; but all that leans on nvidia goes with it.
+    note module nvidia-peermem
 }
+
+# needs_of FOLDER MODULE: the modules that it needs, a comma between two
+needs_of() (
+    said=$(modinfo -F depends "$1/$2.ko" 2>&1) || {
+        printf '%s cannot be read (%s): use an undamaged image\n' "$1/$2.ko" "$said"
+        return 1
+    }
+    printf '%s\n' "$said"
+)
 
 # load_needed MODULE NAMES: the kernel's own modules among NAMES, a comma between two. They are the host's, so the
 # host's modprobe loads them, and they stay when the driver goes.
@@ -62,16 +73,17 @@ load_needed() {
 # load_module FOLDER MODULE
 load_module() {
     parameters=$(parameters_of "$PARAMETER_FOLDER/$2.conf") || die "$parameters"
-    note module "$2"
-    set -- "$1/$2.ko" "$2"
+    defaults=$(default_parameters "$2" "$SUPPORT" "$parameters")
+    file=$1/$2.ko name=$2
+    set --
     while IFS= read -r parameter; do
         [ -z "$parameter" ] || set -- "$@" "$parameter"
     done <<PARAMETERS
+$defaults
 $parameters
 PARAMETERS
-    file=$1 name=$2
-    shift 2
-    answer=$(insmod "$file" "$@" 2>&1) || die "module $name cannot be loaded ($answer): $(insmod_advice "$answer")"
+    answer=$(insmod "$file" "$@" 2>&1) ||
+        die "module $name cannot be loaded ($answer): $(insmod_advice "$name" "$answer")"
     log "module $name loaded${*:+ with $*}"
 }
 
@@ -80,6 +92,8 @@ undo_module() {
     is_loaded "$1" || return 0
     [ -z "$MODULES_IN_USE" ] || return 1
     answer=$(rmmod "$(sys_name "$1")" 2>&1) || {
+        # Two containers may unload nvidia-peermem at once, when their pod ends.
+        is_loaded "$1" || return 0
         warn "module $1 cannot be unloaded: $answer"
         return 1
     }

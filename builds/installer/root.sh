@@ -1,6 +1,17 @@
 # shellcheck shell=sh
 # The driver root: the image's user space, mounted where the node's other containers and the kernel look for it.
 
+# Let the loader find the libraries: from outside by the driver root's own cache, which the container toolkit reads, and
+# in this container with no environment at all. The links of the libraries are the image's and stay as they are.
+write_loader_caches() {
+    mkdir -p "$DRIVER_FOLDER/etc" || die "$DRIVER_FOLDER/etc cannot be made: the container needs a writable file system"
+    answer=$(ldconfig -X -r "$DRIVER_FOLDER" "/usr/lib/$TRIPLET" 2>&1) &&
+        [ -s "$DRIVER_FOLDER/etc/ld.so.cache" ] ||
+        die "the driver root's loader cache cannot be made ($answer): the container needs a writable file system"
+    answer=$(ldconfig -X "$DRIVER_FOLDER/usr/lib/$TRIPLET" 2>&1) ||
+        die "the container's loader cache cannot be made ($answer): the container needs a writable file system"
+}
+
 mount_root() {
     # A mount that stays in this container helps nobody: toolkit, device plugin and the kernel's firmware loader look
     # from outside.
@@ -54,7 +65,7 @@ undo_firmware() {
 # write_firmware_path PATH: an empty one is written as a NUL, for a write of nothing never reaches the kernel
 write_firmware_path() {
     if [ -n "$1" ]; then
-        { printf '%s' "$1" >"$FIRMWARE_SETTING"; } 2>/dev/null
+        write_setting "$1" "$FIRMWARE_SETTING"
     else
         { printf '\0' >"$FIRMWARE_SETTING"; } 2>/dev/null
     fi

@@ -3,9 +3,13 @@
 
 do_init() {
     begin
+    survey
+    decide_fabric
     install_driver
     start_services
     check_driver
+    wait_for_fabric
+    extend_containerd_path
     report_status Ready
     log "driver $DRIVER_VERSION is ready"
     supervise
@@ -13,6 +17,7 @@ do_init() {
 
 do_load() {
     begin
+    survey
     install_driver
     report_status Ready
     trap - EXIT
@@ -25,8 +30,14 @@ do_unload() {
     log 'no driver of this installer is loaded'
 }
 
-# What every command does first: see that it can work, alone, on a node without a driver.
+# What these commands do first: see that they can work, alone, on a node without a driver.
 begin() {
+    begin_alone lock
+    undo_earlier_run
+}
+
+# begin_alone LOCK: what every command does first that changes something
+begin_alone() {
     trap 'explain $?' EXIT
     trap 'stop_asked' TERM INT
     # The vendor's libraries are for the vendor's tools, which get their own path.
@@ -34,7 +45,7 @@ begin() {
     [ "$(id -u)" -eq 0 ] || die 'not running as root: run this container privileged'
     [ -d "$RUN_FOLDER" ] && [ -w "$RUN_FOLDER" ] ||
         die "$RUN_FOLDER is not there or not writable: mount the host's /run/nvidia there, Bidirectional"
-    for tool in awk findmnt flock insmod modinfo mount mountpoint nsenter rmmod tac umount; do
+    for tool in awk findmnt flock grep insmod ldconfig modinfo mount mountpoint nsenter rmmod tac umount; do
         command -v "$tool" >/dev/null || die "this image has no $tool: use an undamaged image"
     done
     [ -r "$RELEASE_FILE" ] || die "this image has no $RELEASE_FILE: use an undamaged image"
@@ -42,9 +53,11 @@ begin() {
     . "$RELEASE_FILE"
     [ -d "$STATE_FOLDER" ] || mkdir -m 0700 "$STATE_FOLDER" ||
         die "$STATE_FOLDER cannot be made: mount the host's /run/nvidia, writable"
-    exec 9>"$STATE_FOLDER/lock"
-    flock -n 9 || die 'another nvidia-driver is at work on this node: stop its pod first'
-    undo_earlier_run
+    exec 9>"$STATE_FOLDER/$1"
+    answer=$(flock -n 9 2>&1) || {
+        [ -z "$answer" ] || die "$STATE_FOLDER/$1 cannot be locked ($answer): mount the host's /run/nvidia there"
+        die 'another nvidia-driver is at work on this node: stop its pod first'
+    }
 }
 
 undo_earlier_run() {
@@ -53,6 +66,7 @@ undo_earlier_run() {
         undo_changes || die "what an earlier run left cannot be undone$(left_advice)"
     fi
     found=$(loaded_modules)
+    ! is_loaded nouveau || found="nouveau${found:+ $found}"
     [ -z "$found" ] ||
         die "the host has loaded $found: remove the driver from the host, or set driver.enabled to false to use it"
 }
@@ -62,37 +76,31 @@ install_driver() {
     kernel=$(choose_set "$MODULE_FOLDER" "$(uname -r)" "$(cat "$PROC_FOLDER/version")") || die "$kernel"
     type=$(requested_type "${KERNEL_MODULE_TYPE-}" "${OPEN_KERNEL_MODULES_ENABLED-}") || die "$type"
     [ "$type" != auto ] || decide_type
+    [ -z "$REFUSED" ] || warn "$REFUSED"
     modules=$(choose_modules "$kernel" "$type") || die "$modules"
+    rdma=$(switch_of GPU_DIRECT_RDMA_ENABLED "${GPU_DIRECT_RDMA_ENABLED:-false}") || die "$rdma"
     log "driver $DRIVER_VERSION, $type modules, ${kernel##*/}"
+    [ "$rdma" = false ] || log 'GPUDirect RDMA: nvidia-peermem is loaded by a container of its own'
     report_status NotReady
+    write_choice "$modules"
+    write_loader_caches
     mount_root
     set_firmware_path
+    bypass_iommu
     load_modules "$modules"
     create_device_nodes
 }
 
 # decide_type: by the devices of the node
 decide_type() {
-    gpus='' switches=0
-    while read -r kind id; do
-        case $kind in
-            gpu) gpus="$gpus $id" ;;
-            switch) switches=$((switches + 1)) ;;
-            *) ;;
-        esac
-    done <<DEVICES
-$(pci_devices "$SYS_FOLDER")
-DEVICES
-    support=''
-    if [ -n "$gpus" ]; then
-        # shellcheck disable=SC2086 # one word an id
-        support=$(gpu_support "$DRIVER_FOLDER/usr/share/nvidia/supported-gpus/supported-gpus.json" $gpus) ||
-            die "$support"
-        printf '%s\n' "$support" | sort -u | while read -r id types name; do
-            log "GPU 10de:$id $name, module types: $types"
-        done
-    fi
-    type=$(printf '%s' "$support" | choose_type "${DRIVER_VERSION%%.*}" "$switches") || die "$type"
+    [ -z "$REFUSED" ] || die "$REFUSED"
+    type=$(printf '%s' "$SUPPORT" | choose_type "${DRIVER_VERSION%%.*}" "$SWITCHES") || die "$type"
+}
+
+# write_choice FOLDER: for the container that loads nvidia-peermem
+write_choice() {
+    { printf '%s\n' "$1" >"$CHOICE_FILE"; } 2>/dev/null ||
+        die "$CHOICE_FILE cannot be written: mount the host's /run/nvidia, writable"
 }
 
 # report_status NotReady|Ready: the startup probe waits for it
@@ -105,10 +113,11 @@ report_status() {
 }
 
 undo_status() {
-    rm -f "$STATUS_FILE" "$READY_FILE"
+    rm -f "$STATUS_FILE" "$READY_FILE" "$CHOICE_FILE"
 }
 
 stop_asked() {
+    [ -z "$SLEEPER" ] || kill "$SLEEPER" 2>/dev/null || :
     log 'told to stop'
     exit 0
 }

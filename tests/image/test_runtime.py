@@ -83,11 +83,14 @@ def test_fabric_manager(inside: Inside, expected: Expected, compare: Compare) ->
 
 @pytest.mark.check("runtime.help")
 def test_help(inside: Inside, compare: Compare) -> None:
+    """It names every command that the operator runs (operator contract, rows 5 and 6)."""
     said = inside.run("nvidia-driver", "--help")
-    compare({"status": said.status, "names init": "init" in said.out, "complains": said.err}, _HELPS)
+    named = [command for command in _COMMANDS if re.search(rf"^  {command}\b", said.out, re.MULTILINE)]
+    compare({"status": said.status, "names": named, "complains": said.err}, _HELPS)
 
 
-_HELPS = {"status": 0, "names init": True, "complains": ""}
+_COMMANDS = ["init", "load", "unload", "reload_nvidia_peermem", "probe_nvidia_peermem"]
+_HELPS = {"status": 0, "names": _COMMANDS, "complains": ""}
 
 
 @pytest.mark.check("runtime.refuses")
@@ -95,6 +98,13 @@ _HELPS = {"status": 0, "names init": True, "complains": ""}
 def test_refuses(arguments: str, inside: Inside, compare: Compare) -> None:
     """An unknown argument is an error (operator contract, row 5)."""
     said = inside.run("nvidia-driver", *arguments.split())
+    compare({"failed": said.status not in (0, *ENDED), "reasons": _reasons(said.err)}, _REFUSES, said.text[:300])
+
+
+@pytest.mark.check("runtime.peermem")
+def test_peermem(inside: Inside, compare: Compare) -> None:
+    """The container beside the driver's ends with a reason, too, where it cannot work (row 6)."""
+    said = inside.run("nvidia-driver", "reload_nvidia_peermem")
     compare({"failed": said.status not in (0, *ENDED), "reasons": _reasons(said.err)}, _REFUSES, said.text[:300])
 
 

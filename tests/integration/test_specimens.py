@@ -140,12 +140,14 @@ def test_an_entry_point_that_always_says_yes_is_refused(bench: Bench, layout: Pa
     assert failed(record) == {
         "runtime.help",
         "runtime.init",
+        "runtime.peermem",
         *(f"runtime.refuses[{argument}]" for argument in ("command", "argument", "nothing")),
     }
 
 
 ELSEWHERE = {
     *("runtime.help", "runtime.init", "runtime.refuses", "runtime.loads", "runtime.tools", "runtime.fabric-manager"),
+    "runtime.peermem",
     *("tags.plan", "tags.addressable", "layers.diff-ids"),
 }
 """Checks that refuse what is spoiled in a test of its own: it must be run, or it is not the image that is wrong."""

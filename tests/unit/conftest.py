@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from .installer_node import Node
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +20,12 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket.socket, "connect_ex", refuse)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    """A stand-in node for the installer."""
+    node = Node(tmp_path)
+    yield node
+    for daemon in ("nvidia-persistenced.pid", "nv-fabricmanager", "nvlsm"):
+        node.stop_daemon(daemon)
