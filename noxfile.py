@@ -29,6 +29,7 @@ SCRIPTS = (
     *map(str, Path("builds/installer").glob("*.sh")),
     "tests/node/guest/init",
     "tests/node/guest/nvidia-smi",
+    "tests/node/guest/nv-fabricmanager",
     *map(str, Path("tests/node/guest").glob("*.sh")),
     ".ci/run",
 )

@@ -234,6 +234,7 @@ def _furnish(root: Path, of: Machine, orders: Orders, image: RootFs) -> None:
             place = root / LAYERS / layer / path
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(data)
+            place.chmod(0o755)
     (home / "classic").mkdir()
     for name, content in orders.archives.items():
         with tarfile.open(home / "classic" / f"{name}.tar.gz", "w:gz", compresslevel=1) as archive:

@@ -1,8 +1,8 @@
 """The image on a node: run in a virtual machine as the GPU Operator runs it, from start to ready to gone.
 
 One boot for all of it. What the node is told to do is in :func:`orders`; each test judges what came of some steps.
-Without a GPU two things are stood in: an NVSwitch, which makes the driver stay, and nvidia-smi, which the startup probe
-asks. Rows are those of the operator's contract.
+Without a GPU some things are stood in: an NVSwitch, which makes the driver stay, nvidia-smi, which the startup probe
+asks, and in one pod the fabric manager. Rows are those of the operator's contract.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ FIRMWARE = f"{ROOT}/lib/firmware"
 READY = "/run/nvidia/validations/.driver-ctr-ready"
 STATUS = "/run/nvidia/validations/.driver-daemons-status"
 TYPES = tuple(sorted(ModuleType))
-OTHER_KERNEL, MISLABELLED = "other-kernel", "mislabelled"
+OTHER_KERNEL, MISLABELLED, FABRIC = "other-kernel", "mislabelled", "fabric"
+FABRIC_MANAGER = "nv-fabricmanager"
 
 Answers = dict[str, Said]
 
@@ -39,11 +40,17 @@ Answers = dict[str, Said]
 def orders(of: ModuleSet, image: Image, files: RootFs) -> Orders:
     """What a node is told to do whose kernel has the modules of a set."""
     types = sorted(of.modules)
+    # An image that has a fabric manager would start it, and there are no NVSwitches for it to find.
+    stand_in = (FABRIC,) if files.resolve(f"usr/bin/{FABRIC_MANAGER}", paths.DRIVER_ROOT) else ()
+
+    def init(pod: str, *layers: str) -> str:
+        return " ".join(("init", pod, *dict.fromkeys((*stand_in, *layers))))
+
     steps = [Step("before", "state"), Step("onlooker", "run onlooker")]
     for kind in types:
         steps += [
             Step(f"{kind}/before", "used /run"),
-            Step(f"{kind}/init", f"init {kind}"),
+            Step(f"{kind}/init", init(kind)),
             Step(f"{kind}/after", "used /run"),
             Step(f"{kind}/probe", f"probe {kind}"),
             Step(f"{kind}/state", "state"),
@@ -61,15 +68,23 @@ def orders(of: ModuleSet, image: Image, files: RootFs) -> Orders:
     steps += [
         *(Step("cut/stop", "interrupt cut TERM"), Step("cut/gone", "state")),
         *(Step("cut/kill", "interrupt killed KILL --all"), Step("cut/state", "state")),
-        *(Step("crash/init", "init crashed"), Step("crash/kill", "crash crashed"), Step("crash/state", "state")),
-        *(Step("again/init", "init again"), Step("again/probe", "probe again"), Step("again/state", "state")),
+        *(Step("crash/init", init("crashed")), Step("crash/kill", "crash crashed"), Step("crash/state", "state")),
+        *(Step("again/init", init("again")), Step("again/probe", "probe again"), Step("again/state", "state")),
         *(Step("use", "use"), Step("use/stop", "stop again"), Step("use/state", "state")),
-        *(Step("use/init", "init early"), Step("unuse", "unuse")),
-        *(Step("free/init", "init free"), Step("free/probe", "probe free")),
+        *(Step("use/init", init("early")), Step("unuse", "unuse")),
+        *(Step("free/init", init("free")), Step("free/probe", "probe free")),
         *(Step("free/stop", "stop free"), Step("free/gone", "state")),
     ]
-    for pod, layers in ((OTHER_KERNEL, OTHER_KERNEL), (MISLABELLED, MISLABELLED), *((kind, "") for kind in of.absent)):
-        steps += [Step(f"{pod}/init", f"init {pod} {layers}"), Step(f"{pod}/gone", "state")]
+    steps += [
+        *(Step(f"{FABRIC}/init", init(FABRIC, FABRIC)), Step(f"{FABRIC}/state", "state")),
+        *(Step(f"{FABRIC}/lose", f"lose {FABRIC} {FABRIC_MANAGER}"), Step(f"{FABRIC}/gone", "state")),
+    ]
+    for pod, layers in (
+        (OTHER_KERNEL, [OTHER_KERNEL]),
+        (MISLABELLED, [MISLABELLED]),
+        *((kind, []) for kind in of.absent),
+    ):
+        steps += [Step(f"{pod}/init", init(pod, *layers)), Step(f"{pod}/gone", "state")]
     for kind in types:
         steps += [
             Step(f"classic/{kind}/before", "used /run"),
@@ -81,7 +96,7 @@ def orders(of: ModuleSet, image: Image, files: RootFs) -> Orders:
     # What the operator's default stands for where there is an NVSwitch and no GPU, if the image has it.
     default = None if ModuleType.OPEN in of.modules else ModuleType.PROPRIETARY
     kinds = {**{str(kind): kind for kind in TYPES}, MISLABELLED: types[0]}
-    drivers = (*map(str, TYPES), "cut", "killed", "crashed", "again", "early", "free", OTHER_KERNEL, MISLABELLED)
+    drivers = ("cut", "killed", "crashed", "again", "early", "free", FABRIC, OTHER_KERNEL, MISLABELLED)
     folder = f"{paths.MODULES}/{of.id}"
     spoiled = f"{folder}/{types[0]}/{SPOILED}.ko"
     wrong = loading.controls(files.read(spoiled), modversions=of.kernel.build.modversions)
@@ -89,10 +104,14 @@ def orders(of: ModuleSet, image: Image, files: RootFs) -> Orders:
         tuple(steps),
         {
             "onlooker": pods.onlooker(image, "onlooker"),
-            **{name: pods.driver(image, name, kinds.get(name, default)) for name in drivers},
+            **{name: pods.driver(image, name, kinds.get(name, default)) for name in (*TYPES, *drivers)},
         },
         {
             OTHER_KERNEL: {f"{folder}/release": b"9.9.9-cloud-amd64\n"},
+            FABRIC: {
+                f"{paths.DRIVER_ROOT}/usr/bin/{FABRIC_MANAGER}": (node.GUEST / FABRIC_MANAGER).read_bytes(),
+                f"{paths.DRIVER_ROOT}/usr/share/nvidia/nvswitch/fabricmanager.cfg": b"DAEMONIZE=1\n",
+            },
             MISLABELLED: {spoiled: wrong[Control.OTHER_KERNEL]},
         },
         {
@@ -270,6 +289,16 @@ def test_after_the_last_user_is_gone_the_next_pod_works(answers: Answers) -> Non
     assert_ready(answers, "free/init", "free/probe")
     assert answers["free/stop"].status == 0, str(answers["free/stop"])
     assert_nothing_left(answers["free/gone"], answers["before"])
+
+
+def test_a_fabric_manager_that_dies_ends_the_pod_with_the_reason(answers: Answers) -> None:
+    """GPUs that NVSwitches join run nothing without it: only a pod that ends is started again."""
+    assert answers[f"{FABRIC}/init"].status == 0, str(answers[f"{FABRIC}/init"])
+    assert FABRIC_MANAGER[:15] in answers[f"{FABRIC}/state"].words("daemon")
+    lost = answers[f"{FABRIC}/lose"]
+    assert lost.status not in (0, 128 + 9, 128 + 15)
+    assert f"{FABRIC_MANAGER} has ended" in the_error(lost)
+    assert_nothing_left(answers[f"{FABRIC}/gone"], answers["before"])
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,15 @@ crash() {
     return "$(cat "/pods/$1/status")"
 }
 
+# lose POD PROGRAM: a program of the pod's dies; what the pod says from then on, and its status
+lose() {
+    said=$(log "$1" | wc -l)
+    pkill -KILL -x "$(printf '%.15s' "$2")" || return # as much of a name as the kernel keeps
+    gone "$1" || return
+    tail -n "+$((said + 1))" "/pods/$1/log"
+    return "$(cat "/pods/$1/status")"
+}
+
 # interrupt POD SIGNAL [--all]: start a pod and signal it, or all of its processes, while it is at work: the driver root
 # is mounted, modules are not loaded; what it said, and its status
 interrupt() {
