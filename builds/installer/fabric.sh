@@ -7,7 +7,7 @@ FABRIC_PORT=''     # GUID of the port that leads to NVSwitches of NVLink 5
 FABRIC_PID=''
 NVLSM_PID=''
 FABRIC_PATIENCE=300 # looks, PAUSE apart, at a fabric that is not complete
-SOCKET_PATIENCE=30  # looks for nvlsm's socket
+SHORT_PATIENCE=30   # looks for a port, and for nvlsm's socket
 
 # Say before anything is changed that the image lacks what the node needs.
 decide_fabric() {
@@ -55,7 +55,7 @@ start_nvlsm() {
     NVLSM_PID=$!
     log "nvlsm started at port $FABRIC_PORT"
     # The fabric manager asks it at once. A version that has its socket elsewhere gets the same time.
-    tries=$SOCKET_PATIENCE
+    tries=$SHORT_PATIENCE
     while [ "$tries" -gt 0 ] && [ ! -e "$FABRIC_FOLDER/fm_sm_ipc.socket" ]; do
         alive_nvlsm || lost_nvlsm
         tries=$((tries - 1))
@@ -69,13 +69,19 @@ find_port() {
     for name in mlx5_ib ib_umad; do
         load_needed 'the management of NVSwitches' "$name"
     done
-    for address in $BRIDGES; do
-        for device in "$SYS_FOLDER/bus/pci/devices/$address/infiniband"/*; do
-            [ -n "$FABRIC_PORT" ] || FABRIC_PORT=$(port_of "$device")
+    tries=$SHORT_PATIENCE # drivers take on their devices in their own time
+    while :; do
+        for address in $BRIDGES; do
+            for device in "$SYS_FOLDER/bus/pci/devices/$address/infiniband"/*; do
+                [ -n "$FABRIC_PORT" ] || FABRIC_PORT=$(port_of "$device")
+            done
         done
+        [ -z "$FABRIC_PORT" ] || break
+        tries=$((tries - 1))
+        [ "$tries" -gt 0 ] ||
+            die "no port of$BRIDGES leads to the NVSwitches: dmesg of the node has lines of mlx5 with the reason"
+        pause "$PAUSE"
     done
-    [ -n "$FABRIC_PORT" ] ||
-        die "no port of$BRIDGES leads to the NVSwitches: dmesg of the node has lines of mlx5 with the reason"
     mkdir -p "$DEVICE_FOLDER/infiniband"
     for folder in "$SYS_FOLDER"/class/infiniband_mad/umad* "$SYS_FOLDER"/class/infiniband_mad/issm*; do
         [ -r "$folder/dev" ] && [ ! -e "$DEVICE_FOLDER/infiniband/${folder##*/}" ] || continue

@@ -452,3 +452,16 @@ def test_damaged_data_are_no_obstacle_to_a_type_that_is_asked_for(node: Node) ->
     done = node.run("load", KERNEL_MODULE_TYPE="open")
     assert done.returncode == 0
     assert re.fullmatch(r"nvidia-driver: warning: .+ cannot be read as the list of supported GPUs: .+\n", done.stderr)
+
+
+def test_a_port_that_comes_late_is_waited_for(node: Node) -> None:
+    node.fabric("nv-fabricmanager", "nvlsm")
+    node.bridge()
+    devices = node.folder / "sys/bus/pci/devices/0000:0a:00.0"
+    (devices / "infiniband").rename(devices / "later")
+    come = f'case "$*" in *ib_umad) (sleep 0.05; mv {devices}/later {devices}/infiniband) >/dev/null 2>&1 & ;; esac'
+    node.stand_in(node.folder / "bin/nsenter", come)
+    process = node.start(INSTALLER_PAUSE="0.05")
+    until_ready(process)
+    assert fabric_calls(node)[-1].endswith("-g 0xe09d7303003f3bf8")
+    assert stop(process)[::2] == (0, "")
