@@ -54,6 +54,7 @@ ROWS: dict[int, tuple[str, tuple[str, ...]]] = {
         (
             "node/test_contract.py::test_the_startup_probe_needs_no_environment",
             "node/test_contract.py::test_ready_is_said_last",
+            "node/test_node.py::test_it_gets_ready_as_the_operators_probe_sees_it",
         ),
     ),
     8: (
@@ -61,9 +62,16 @@ ROWS: dict[int, tuple[str, tuple[str, ...]]] = {
         (
             "node/test_contract.py::test_each_failing_step_ends_init_and_leaves_nothing",
             "image/test_runtime.py::test_init",
+            "node/test_node.py::test_an_image_of_another_kernel_ends_the_pod_with_the_reason",
         ),
     ),
-    9: ("preStop", ("node/test_contract.py::test_pre_stop",)),
+    9: (
+        "preStop",
+        (
+            "node/test_contract.py::test_pre_stop",
+            "node/test_node.py::test_a_stopped_pod_leaves_a_node_without_a_driver",
+        ),
+    ),
     10: (
         "environment",
         (
@@ -78,6 +86,7 @@ ROWS: dict[int, tuple[str, tuple[str, ...]]] = {
             "node/test_contract.py::test_the_driver_root_is_seen_on_both_sides",
             "unit/test_installer_init.py::test_a_run_folder_that_the_node_does_not_share_is_refused",
             "unit/test_installer_init.py::test_no_firmware_setting_is_an_error",
+            "node/test_node.py::test_a_container_that_was_there_before_sees_it_come_and_go",
         ),
     ),
     12: (
@@ -85,6 +94,7 @@ ROWS: dict[int, tuple[str, tuple[str, ...]]] = {
         (
             "node/test_contract.py::test_the_driver_root_is_seen_on_both_sides",
             "unit/test_installer_init.py::test_a_firmware_path_of_the_hosts_comes_back",
+            "node/test_node.py::test_the_kernel_finds_the_firmware_from_the_host",
             "image/test_driver_root.py",
         ),
     ),
@@ -92,13 +102,18 @@ ROWS: dict[int, tuple[str, tuple[str, ...]]] = {
         "module parameters",
         (
             "node/test_contract.py::test_steps_of_a_node_with_everything",
+            "node/test_node.py::test_the_operators_module_parameters_are_honoured",
             "unit/test_installer_services.py::test_parameters_of_the_operator_are_passed_on",
             "unit/test_installer_services.py::test_hmm_is_off_on_a_b200_unless_it_is_configured_otherwise",
         ),
     ),
     14: (
         "what the toolkit looks for",
-        ("image/test_driver_root.py", "node/test_contract.py::test_the_driver_root_is_seen_on_both_sides"),
+        (
+            "image/test_driver_root.py",
+            "node/test_contract.py::test_the_driver_root_is_seen_on_both_sides",
+            "node/test_node.py::test_the_host_sees_the_driver_root_that_is_in_the_image",
+        ),
     ),
     15: (
         "privileged; host modules are refused",
