@@ -143,7 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--differences", action="store_true", help="the user space against the classic flow's, as Markdown"
     )
-    values = verb("helm", _helm, "bring the Helm values in line with the matrix, or write them for IMAGE_PATH", cells=False)
+    values = verb(
+        "helm", _helm, "bring the Helm values in line with the matrix, or write them for IMAGE_PATH", cells=False
+    )
     values.add_argument("--output", metavar="DIR", type=Path, help="write values for the repository of IMAGE_PATH here")
     values.add_argument("--check", action="store_true", help="write nothing; say whether they are current")
     verb("summary", _summary, "print digest, size, times and checks of the selected cells")

@@ -24,6 +24,8 @@ FOLDER = Path(__file__).parents[1] / "helm"
 
 _MARKED = re.compile(r'^(?P<before>[ -]*[\w.-]+: )(?P<value>"[^"]*")(?P<after> +# generated: (?P<fact>.*))$')
 _MARKER = "# generated:"
+_SHOWN = 3
+"""Files that an error shows, of those that are not current."""
 
 
 def default_branch(matrix: Matrix) -> str:
@@ -127,7 +129,9 @@ def run(
     known = facts(release, lab, path)
     wanted = {name: fill(text, known, f"helm/{name}") for name, text in sources().items()}
     folder = output or FOLDER
-    again = f"nox -s helm{f' -- --output {output}' if output else ''}"
+    again = f"nox -s helm -- --check{f' --output {output}' if output else ''}"
+    if path != DEFAULTS["image_path"]:
+        again = f"IMAGE_PATH={path} {again}"
     said = f"{known['repository']}/{known['image']}, branch {known['default branch']}"
     if not output and image_path != path:
         report.say(f"IMAGE_PATH is for values of your own: nox -s helm -- --output DIR; these name {path}")
@@ -135,7 +139,10 @@ def run(
     if check:
         if stale:
             places = [_difference(name, _read(folder / name), text) for name, text in stale.items()]
-            raise ConfigurationError(f"values in {folder}", "are not current", got="; ".join(places), repeat=again)
+            got = "; ".join(places[:_SHOWN]) + (f"; and {len(places) - _SHOWN} more files" if places[_SHOWN:] else "")
+            raise ConfigurationError(
+                f"values in {folder}", "are not current", got=got, hint="without --check, it writes them", repeat=again
+            )
         report.say(f"{len(wanted)} files in {folder} are current: {said}")
         return
     for name, text in stale.items():
