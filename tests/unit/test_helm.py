@@ -592,6 +592,22 @@ def test_the_notes_say_how_to_run_it_and_wait_longer_than_a_check_may_take() -> 
     assert "driver 570" in notes
 
 
+def test_what_the_documents_name_is_there() -> None:
+    """Files that commands take, examples in the table, and values of the smoke test that commands set."""
+    text = (FOLDER / "README.md").read_text()
+    root = FOLDER.parent
+    named = re.findall(r"--values (helm/[\w./-]+)", text + (root / "README.md").read_text())
+    assert named
+    assert [name for name in named if not (root / name).is_file()] == []
+    linked = set(re.findall(r"\]\((examples/\S+?)\)", text))
+    assert linked == {f"examples/{path.name}" for path in FOLDER.glob("examples/*.yaml")}
+    smoke = "\n".join(line for line in text.splitlines() if "smoke-test" in line or "runtimeClassName=" in line)
+    sets = [helm_python.parse_set_string_values(one) for one in re.findall(r"--set-string ([^ `]+)", smoke)]
+    sets += [helm_python.parse_set_string(one) for one in re.findall(r"--set ([^ `]+)", smoke)]
+    assert len(sets) == 4
+    assert rendered(functools.reduce(merged, sets, {}))
+
+
 def check_driver(folder: Path, nvidia_smi: str | None, expected: str) -> tuple[int, str]:
     """Run the check's script by the machine's own shell, with a stand-in for nvidia-smi."""
     if nvidia_smi is not None:
