@@ -339,9 +339,9 @@ CHART_KEYS = {
 
 Read from github.com/NVIDIA/gpu-operator, deployments/gpu-operator/values.yaml and templates/: commit d7413be9 (chart
 v24.6: nvidiaDriverCRD), and a newer version of the file as a fork has it, rahulait/gpu-operator at 069fe433 (default
-driver 595.58.03: useNvidiaDriverCRD). In which release the one key replaced the other was not looked up; no
-version has both, and v24.6 has no kernelModuleType yet. The last three are of the node-feature-discovery chart in it (commit
-17c08086). dcgmExporter.imagePullSecrets is in the template only.
+driver 595.58.03: useNvidiaDriverCRD). In which release the one key replaced the other was not looked up; neither of the
+two has both, and v24.6 has no kernelModuleType yet. The last three are of the node-feature-discovery chart in it
+(commit 17c08086). dcgmExporter.imagePullSecrets is in the template only.
 """
 
 RESOURCE_KEYS = {
