@@ -31,6 +31,7 @@ SCRIPTS = (
     "tests/node/guest/nvidia-smi",
     "tests/node/guest/nv-fabricmanager",
     *map(str, Path("tests/node/guest").glob("*.sh")),
+    "helm/smoke-test/files/check-driver.sh",
     ".ci/run",
 )
 nox.options.default_venv_backend = "none"
@@ -174,6 +175,12 @@ def push(session: nox.Session, cell: str) -> None:
 def probe_package(session: nox.Session) -> None:
     """Read a driver package and say whether every field is understood: -- VERSION or FILE."""
     session.run(sys.executable, "-m", "builds", "probe-package", *session.posargs, external=True)
+
+
+@nox.session(default=False)
+def helm(session: nox.Session) -> None:
+    """Bring the Helm values in line with the matrix; -- --check, or -- --output DIR for the registry of IMAGE_PATH."""
+    session.run(sys.executable, "-m", "builds", "helm", *session.posargs, external=True)
 
 
 @nox.session(default=False)

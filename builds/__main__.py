@@ -143,6 +143,11 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--differences", action="store_true", help="the user space against the classic flow's, as Markdown"
     )
+    values = verb(
+        "helm", _helm, "bring the Helm values in line with the matrix, or write them for IMAGE_PATH", cells=False
+    )
+    values.add_argument("--output", metavar="DIR", type=Path, help="write values for the repository of IMAGE_PATH here")
+    values.add_argument("--check", action="store_true", help="write nothing; say whether they are current")
     verb("summary", _summary, "print digest, size, times and checks of the selected cells")
     clean = verb("clean", _clean, "empty the output folder", cells=False)
     clean.add_argument("--all", action="store_true", help="empty the cache as well")
@@ -347,6 +352,13 @@ def _probe_package(options: argparse.Namespace, report: Reporter) -> None:
         as_json=options.json,
         differences=options.differences,
     )
+
+
+def _helm(options: argparse.Namespace, report: Reporter) -> None:
+    from . import helm, matrix
+
+    settings = configuration.resolve(options=_settings(options))
+    helm.run(matrix.load_all(), settings.image_path, options.output, report, check=options.check)
 
 
 def _summary(options: argparse.Namespace, report: Reporter) -> None:
