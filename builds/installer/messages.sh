@@ -21,6 +21,15 @@ die() {
     exit 1
 }
 
+# leave STATUS LEFT: the end of a run. What could not be undone is its error, if it has none yet.
+leave() {
+    if [ -n "$2" ]; then
+        [ "$1" -ne 0 ] || die "$2"
+        warn "$2"
+    fi
+    exit "$1"
+}
+
 # one_line TEXT: what a tool said, fit for the middle of a sentence
 one_line() (
     set -f

@@ -68,14 +68,8 @@ unload_peermem() {
     explain "$status"
     MODULES_IN_USE=$(modules_in_use)
     case " $MODULES_IN_USE " in *' nvidia-peermem '*) ;; *) MODULES_IN_USE='' ;; esac # the others are not ours
-    undo_module nvidia-peermem || {
-        left="nvidia-peermem stays loaded: end the pods that use RDMA, then delete this pod"
-        if [ "$status" -eq 0 ]; then
-            complain "$left"
-            status=1
-        else
-            warn "$left"
-        fi
-    }
-    exit "$status"
+    left=''
+    undo_module nvidia-peermem ||
+        left='nvidia-peermem stays loaded: end the pods that use RDMA, then delete this pod'
+    leave "$status" "$left"
 }

@@ -135,16 +135,9 @@ finish() {
     trap - EXIT
     explain "$status"
     stop_services || :
-    undo_changes || {
-        left="not everything could be undone$(left_advice)"
-        if [ "$status" -eq 0 ]; then
-            complain "$left"
-            status=1
-        else
-            warn "$left"
-        fi
-    }
-    exit "$status"
+    left=''
+    undo_changes || left="not everything could be undone$(left_advice)"
+    leave "$status" "$left"
 }
 
 # left_advice: why changes were left after undo_changes, and what to do
