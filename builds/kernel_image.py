@@ -38,6 +38,7 @@ from .rootfs import open_rootfs
 
 _IMAGE = "vmlinuz"
 _SOURCE = "source"
+_STEP = "kernel-image"
 _RECIPE = recipe(Path(__file__))
 _PACKAGES = ("linux-image-{release}", "linux-image-unsigned-{release}")
 """How Debian and its descendants call the package of a kernel."""
@@ -55,8 +56,6 @@ done
 exit 1
 """
 """Run in a kmodbuild container, with network: leaves the kernel's package in ``/out``."""
-_Fill = Callable[[Path], None]
-"""Fills a folder with a kernel: ``vmlinuz``, and its own modules below ``modules/``."""
 _UNREADABLE = (
     *(ArError, tarfile.TarError, lzma.LZMAError, zlib.error, zstandard.ZstdError),
     *(EOFError, OSError, ValueError, KeyError),
@@ -120,6 +119,18 @@ def depends(module: kmod.Module) -> list[str]:
 
 
 @dataclass(frozen=True)
+class _Source:
+    """Where a kernel may come from."""
+
+    name: str
+    """In a few words."""
+    facts: Mapping[str, str]
+    """What its content depends on."""
+    fill: Callable[[Path], None]
+    """Fills a folder with the kernel: ``vmlinuz``, and its own modules below ``modules/``."""
+
+
+@dataclass(frozen=True)
 class _Wanted:
     """A kernel build that is looked for, and where what is found of it is kept."""
 
@@ -130,20 +141,25 @@ class _Wanted:
     def __str__(self) -> str:
         return f"kernel image of {self.build.release} ({self.build.package})"
 
-    def key(self, facts: Mapping[str, str]) -> str:
-        return key_of(**facts, release=self.build.release, recipe=_RECIPE)
+    def find(self, source: _Source) -> KernelImage | None:
+        """What a source had, if it was asked before."""
+        found = self.cache.find(_STEP, self._key(source))
+        return KernelImage(found) if found else None
 
-    def keep(self, source: str, facts: Mapping[str, str], fill: _Fill) -> KernelImage:
-        """What ``fill`` puts into a folder, or what it did for the same facts of where it comes from."""
+    def keep(self, source: _Source) -> KernelImage:
+        """What a source has. Raises BuildError where that is no kernel of this build."""
 
         def make(folder: Path) -> None:
             (folder / "modules").mkdir()
-            fill(folder)
+            source.fill(folder)
             if not (folder / _IMAGE).is_file():
-                raise BuildError(str(self), f"the {source} has none", got=f"no boot/vmlinuz-{self.build.release}")
-            (folder / _SOURCE).write_text(source)
+                raise BuildError(str(self), f"the {source.name} has none", got=f"no boot/vmlinuz-{self.build.release}")
+            (folder / _SOURCE).write_text(source.name)
 
-        return KernelImage(self.cache.make("kernel-image", self.key(facts), make)[0])
+        return KernelImage(self.cache.make(_STEP, self._key(source), make)[0])
+
+    def _key(self, source: _Source) -> str:
+        return key_of(**source.facts, release=self.build.release, recipe=_RECIPE)
 
 
 def find(
@@ -163,15 +179,19 @@ def find(
     ``place`` is a file that is not this kernel's.
     """
     wanted, kmodbuild = _Wanted(of.kernel.build, arch, cache), inputs.sets[of.id].kmodbuild
-    ways: tuple[Callable[[], KernelImage], ...] = (
-        lambda: _named(wanted, place),
-        lambda: wanted.keep("kmodbuild image", {"image": kmodbuild.digest}, _out_of_image(wanted, kmodbuild)),
-        lambda: _from_source(wanted, kmodbuild, engine, report),
+    shipped = _Source("kmodbuild image", {"image": kmodbuild.digest}, _out_of_image(wanted, kmodbuild))
+    offered = _package_source(wanted, kmodbuild, engine, report)
+    ways: tuple[Callable[[], KernelImage | None], ...] = (
+        lambda: wanted.keep(_named(wanted, place)),
+        lambda: wanted.find(shipped) or wanted.find(offered),  # neither is searched again for what the other had
+        lambda: wanted.keep(shipped),
+        lambda: wanted.keep(offered),
     )
     reasons = []
     for way in ways:
         try:
-            return way()
+            if found := way():
+                return found
         except (BuildError, InfrastructureError) as error:
             reasons.append(error.fact + (f" ({error.got})" if error.got else ""))
     raise InfrastructureError(
@@ -179,13 +199,13 @@ def find(
     )
 
 
-def _named(wanted: _Wanted, place: Path | None) -> KernelImage:
+def _named(wanted: _Wanted, place: Path | None) -> _Source:
     """What KERNEL_IMAGE names: a package, the kernel alone, or a folder that has its package."""
     if place is None:
         raise InfrastructureError(str(wanted), "KERNEL_IMAGE is not set")
     if place.is_file() and place.suffix != ".deb":
         facts = {"sha256": file_sha256(place)}
-        return wanted.keep(f"file {place.name}", facts, lambda folder: _write(folder / _IMAGE, place.read_bytes()))
+        return _Source(f"file {place.name}", facts, lambda folder: _write(folder / _IMAGE, place.read_bytes()))
     if place.is_file() and not _fits(place, wanted):
         raise ConfigurationError(
             f"KERNEL_IMAGE {place}", f"is not the package of the {wanted} for {wanted.arch}", got=_title(place)
@@ -193,11 +213,11 @@ def _named(wanted: _Wanted, place: Path | None) -> KernelImage:
     package = place if place.is_file() else _package_in(place, wanted)
     if package is None:
         raise InfrastructureError(str(wanted), "KERNEL_IMAGE has no package of it", got=str(place))
-    return wanted.keep(f"package {package.name}", {"sha256": file_sha256(package)}, _out_of_package(wanted, package))
+    return _Source(f"package {package.name}", {"sha256": file_sha256(package)}, _out_of_package(wanted, package))
 
 
-def _from_source(wanted: _Wanted, kmodbuild: oci.Image, engine: Engine | None, report: Reporter) -> KernelImage:
-    """The package that the package source of a kmodbuild image has."""
+def _package_source(wanted: _Wanted, kmodbuild: oci.Image, engine: Engine | None, report: Reporter) -> _Source:
+    """The package source of a kmodbuild image."""
     facts = {"package": wanted.build.package, "arch": str(wanted.arch), "build": wanted.build.digest}
 
     def fill(folder: Path) -> None:
@@ -206,7 +226,7 @@ def _from_source(wanted: _Wanted, kmodbuild: oci.Image, engine: Engine | None, r
         with report.step(f"fetch kernel image {wanted.build.package}"):
             _fetch(wanted, kmodbuild, folder, engine, report)
 
-    return wanted.keep("package source of the kmodbuild image", facts, fill)
+    return _Source("package source of the kmodbuild image", facts, fill)
 
 
 def _package_in(folder: Path, wanted: _Wanted) -> Path | None:
@@ -235,7 +255,7 @@ def _title(package: Path) -> str:
     return f"{said.get('Package')} {said.get('Version')} {said.get('Architecture')}"
 
 
-def _out_of_package(wanted: _Wanted, package: Path) -> _Fill:
+def _out_of_package(wanted: _Wanted, package: Path) -> Callable[[Path], None]:
     """What fills a folder with the kernel out of its package."""
 
     def fill(folder: Path) -> None:
@@ -286,7 +306,7 @@ def _control(package: Path) -> Mapping[str, str]:
     raise EOFError("it has no control file")
 
 
-def _out_of_image(wanted: _Wanted, image: oci.Image) -> _Fill:
+def _out_of_image(wanted: _Wanted, image: oci.Image) -> Callable[[Path], None]:
     """What fills a folder with the kernel out of a kmodbuild image, if that has it."""
 
     def fill(folder: Path) -> None:
