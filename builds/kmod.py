@@ -137,7 +137,7 @@ def read_module(name: str, data: bytes) -> Module:
         return Module(
             machine=str(elf["e_machine"]),
             info=info,
-            versions=_versions(elf),
+            versions={name: crc for name, crc, _ in version_entries(elf)},
             imports=frozenset(symbol for symbol, weak in undefined if not weak),
             weak_imports=frozenset(symbol for symbol, weak in undefined if weak),
             exports={export.name: export for export in _exports(elf, names, symbols, Path(name).stem)},
@@ -234,6 +234,11 @@ def _data(elf: ELFFile, name: str) -> bytes:
     return bytes(section.data()) if section is not None else b""
 
 
+def _offset(elf: ELFFile, name: str) -> int:
+    section: Any = elf.get_section_by_name(name)
+    return int(section["sh_offset"])
+
+
 def _order(elf: ELFFile) -> str:
     return "<" if elf.little_endian else ">"
 
@@ -259,14 +264,19 @@ def _modinfo(data: bytes) -> dict[str, tuple[str, ...]]:
     return info
 
 
-def _versions(elf: ELFFile) -> dict[str, int]:
-    versions: dict[str, int] = {}
+def version_entries(elf: ELFFile) -> Iterator[tuple[str, int, int]]:
+    """Each symbol that a module imports by CRC: its name, its CRC, and where in the file that is, in either form.
+
+    Of a damaged module this raises what :func:`readable` turns into one error.
+    """
     order = _order(elf)
-    for crc, name in struct.iter_unpack(f"{order}Q{_VERSION_ENTRY - 8}s", _data(elf, "__versions")):
-        versions[name.partition(b"\0")[0].decode()] = crc
-    names = _data(elf, "__version_ext_names").decode().split("\0")[:-1]
+    entry = struct.Struct(f"{order}Q{_VERSION_ENTRY - 8}s")
+    for number, (crc, name) in enumerate(entry.iter_unpack(_data(elf, "__versions"))):
+        yield name.partition(b"\0")[0].decode(), crc, _offset(elf, "__versions") + number * entry.size
     crcs = [crc for (crc,) in struct.iter_unpack(f"{order}I", _data(elf, "__version_ext_crcs"))]
-    return versions | dict(zip(names, crcs, strict=True))
+    names = _data(elf, "__version_ext_names").decode().split("\0")[:-1]
+    for number, (name, crc) in enumerate(zip(names, crcs, strict=True)):
+        yield name, crc, _offset(elf, "__version_ext_crcs") + number * 4
 
 
 def _exports(elf: ELFFile, sections: list[str], symbols: list[_Symbol], module: str) -> Iterator[Export]:

@@ -49,7 +49,6 @@ _MIB = 1 << 20
 _NO_GPU = "NVreg_RegistryDwords=RmAllowNoGpuInit=1"
 """What lets nvidia.ko stay without a GPU on branches that do not count an NVSwitch; the newer ones pass over it."""
 _VERMAGIC, _FLAG = b"vermagic=", b" mod_unload "
-_ENTRY = 64  # bytes of an entry of __versions, as kmod reads it
 _MARK = "@@ "
 
 
@@ -136,7 +135,7 @@ def prepare(
     cannot be had: then nothing is said of the modules.
     """
     arch = plan.cell.arch
-    machine.version(arch)
+    machine.require(arch)
     kernel = kernel_image.find(of, arch, inputs, place, engine=engine, cache=cache, report=report)
     return Prepared(kernel, guest(plan, of, inputs, engine=engine, cache=cache, report=report))
 
@@ -289,19 +288,7 @@ def _flip(data: bytes, places: Iterable[int]) -> bytes:
 def _crcs(data: bytes) -> list[tuple[str, int]]:
     """Each symbol that a module imports by CRC, and where in the file that is; nothing where it cannot be read."""
     with suppress(BuildError), kmod.readable("module"):
-        elf = ELFFile(io.BytesIO(data))
-        versions, crcs, names = map(
-            elf.get_section_by_name, ("__versions", "__version_ext_crcs", "__version_ext_names")
-        )
-        if versions:
-            entries = versions.data()
-            return [
-                (entries[at + 8 : at + _ENTRY].partition(b"\0")[0].decode(), versions["sh_offset"] + at)
-                for at in range(0, len(entries), _ENTRY)
-            ]
-        if crcs and names:
-            named = names.data().decode().split("\0")
-            return [(named[number], crcs["sh_offset"] + 4 * number) for number in range(crcs.data_size // 4)]
+        return [(name, place) for name, _, place in kmod.version_entries(ELFFile(io.BytesIO(data)))]
     return []
 
 

@@ -64,7 +64,7 @@ def program(arch: Arch) -> str | None:
 
 def version(arch: Arch) -> str:
     """Version of that QEMU. Raises InfrastructureError where there is none."""
-    said = subprocess.run([_program(arch), "--version"], capture_output=True, text=True, check=False).stdout
+    said = subprocess.run([require(arch), "--version"], capture_output=True, text=True, check=False).stdout
     return said.partition("version ")[2].split(" ")[0].strip() or "unknown"
 
 
@@ -96,7 +96,7 @@ def run(
     ``on_line`` is told each line as it comes. The machine dies with the thread that called.
     Raises InfrastructureError where there is no QEMU, or it does not run.
     """
-    words = command(arch, boot, _program(arch))
+    words = command(arch, boot, require(arch))
     log.parent.mkdir(parents=True, exist_ok=True)
     began, late, lines = time.monotonic(), threading.Event(), []
     try:
@@ -135,7 +135,8 @@ def run(
     return Ended("\n".join(lines), time.monotonic() - began, not late.is_set())
 
 
-def _program(arch: Arch) -> str:
+def require(arch: Arch) -> str:
+    """Path of that QEMU. Raises InfrastructureError, with what installs it, where there is none."""
     found = program(arch)
     if found is None:
         raise InfrastructureError(

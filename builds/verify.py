@@ -285,8 +285,10 @@ def reference_module(
 def not_loaded(record: Record) -> str | None:
     """Why a record does not prove that the image's modules load; None where it does."""
     checks = [check for check in record.checks if check.group == "load"]
-    lacking = [check for check in checks if check.outcome is not Outcome.PASSED]
-    return lacking[0].message or lacking[0].name if lacking else None if checks else "none was tried"
+    if not checks:
+        return "none was tried"
+    lacking = next((check for check in checks if check.outcome is not Outcome.PASSED), None)
+    return (lacking.message or lacking.name) if lacking else None
 
 
 def _drop_stale(out: Path, digest: str) -> None:
