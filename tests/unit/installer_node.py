@@ -256,6 +256,9 @@ class Node:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # As a runtime starts it. Tests run in the background of a script have SIGINT ignored, and a shell cannot
+            # trap what was ignored when it began.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def calls(self) -> list[str]:
